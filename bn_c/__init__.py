@@ -1,0 +1,50 @@
+"""Batch normalization, forward, on the CPUs of small devices: fast, exact and small.
+
+    mean = sum(x) / m        var = sum((x - mean)^2) / m        over the m values x of one channel
+    y = gamma * (x - mean) / sqrt(var + eps) + beta
+
+`batch_norm` uses the statistics of the mini-batch, `batch_norm_inference` given ones, `batch_stats` takes them
+alone, `BatchStats` merges them from parts, `BatchNorm` is the layer with running statistics.
+"""
+
+from __future__ import annotations
+
+from bn_c._dispatch import isa, supported_isas
+from bn_c._threads import get_num_threads, set_num_threads
+from bn_c.functional import batch_norm, batch_norm_inference, batch_stats
+from bn_c.layer import BatchNorm
+from bn_c.stats import BatchStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchStats",
+    "__version__",
+    "batch_norm",
+    "batch_norm_inference",
+    "batch_stats",
+    "get_num_threads",
+    "isa",
+    "set_num_threads",
+    "show_config",
+    "supported_isas",
+]
+
+
+def show_config() -> None:
+    """Prints the version, the instruction sets, the threads, and the NumPy and Python it runs in."""
+    import platform
+
+    import numpy as np
+
+    rows = {
+        "bn_c": __version__,
+        "instruction set": isa,
+        "available": ", ".join(supported_isas()),
+        "threads": get_num_threads(),
+        "numpy": np.__version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}",
+    }
+    for name, value in rows.items():
+        print(f"{name:16} {value}")

@@ -1,0 +1,205 @@
+"""Checks of arguments: what passes is returned as what the next step takes, what does not names itself."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Activation = tuple[str, float, float]
+INFINITY = math.inf
+X_DTYPES = "float32, float16, uint8, int8, uint16 or int16"
+FLOAT_DTYPES = "float32 or float16"
+
+
+def shape(sizes: Iterable[int]) -> str:
+    """A shape as it is written in messages."""
+    return f"({', '.join(map(str, sizes))})"
+
+
+def kind(value: object) -> str:
+    """What came, in a word or two."""
+    return type(value).__name__
+
+
+def array(name: str, value: Any) -> NDArray[Any]:
+    """The array that `value` is or shares its memory with: buffers, `__array__`, DLPack. Never a copy of a list."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a plain array, got a masked array, whose mask would be ignored")
+    if value is None or isinstance(value, (list, tuple, str, bytes, Real, complex)):
+        raise TypeError(f"{name}: expected a NumPy array or a buffer, got {kind(value)}")
+    try:
+        shares = hasattr(value, "__array__") or not hasattr(value, "__dlpack__")
+        result = np.asarray(value) if shares else np.from_dlpack(value)
+    except Exception as error:
+        raise TypeError(f"{name}: expected a NumPy array or a buffer, got {kind(value)} ({error})") from error
+    if result.ndim == 0:
+        raise TypeError(f"{name}: expected a NumPy array or a buffer, got {kind(value)}")
+    return result
+
+
+def optional_array(name: str, value: Any) -> NDArray[Any] | None:
+    """As `array`; None stays None."""
+    return None if value is None else array(name, value)
+
+
+def names(values: Mapping[str, Any]) -> str:
+    """The first keys of a mapping."""
+    keys = list(values)
+    return ", ".join(map(repr, keys[:5])) + (" ..." if len(keys) > 5 else "") or "none"
+
+
+def unreadable(name: str, value: NDArray[Any], writable: bool) -> Exception:
+    """Why NumPy would not hand out the buffer of an array."""
+    if writable and not value.flags.writeable:
+        return ValueError(f"{name}: expected a writable array, got a read-only one")
+    return wrong_dtype(name, value, name == "x")
+
+
+def wrong_dtype(name: str, value: NDArray[Any], integers: bool) -> Exception:
+    """The error for a dtype that the loops do not read."""
+    expected = X_DTYPES if integers else FLOAT_DTYPES
+    if value.dtype.isnative is False and value.dtype.kind in "fiu":
+        return TypeError(f"{name}: expected native byte order, got {value.dtype.str}")
+    hint = f"; pass {name}.astype(np.float32)" if value.dtype.kind in "fiub" and name != "out" else ""
+    return TypeError(f"{name}: expected {expected}, got {value.dtype}{hint}")
+
+
+def share_memory(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Whether two arrays have a byte in common; True also where that is too hard to say."""
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except RuntimeError:  # numpy.exceptions.TooHardError, which older NumPy keeps elsewhere
+        return True
+
+
+def number(name: str, value: Any) -> float:
+    """A real number, not a bool."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {kind(value)}")
+    return float(value)
+
+
+def eps(value: Any) -> float:
+    """A finite number, not negative."""
+    result = number("eps", value)
+    if not 0 <= result < INFINITY:
+        raise ValueError(f"eps: expected a finite number >= 0, got {result}")
+    return result
+
+
+def momentum(value: Any) -> float:
+    """A weight from 0 to 1."""
+    result = number("momentum", value)
+    if not 0 <= result <= 1:
+        raise ValueError(f"momentum: expected 0 to 1, or None, got {result}")
+    return result
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, NumPy's too; nothing else is taken for one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {kind(value)}")
+    return bool(value)
+
+
+def integer(name: str, value: Any) -> int:
+    """Anything that counts as an index, not a bool."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected an integer, got {kind(value)}")
+    try:
+        return operator.index(value)
+    except Exception as error:
+        raise TypeError(f"{name}: expected an integer, got {kind(value)}") from error
+
+
+def axis(value: Any) -> int:
+    """An axis; whether x has it is checked with x."""
+    result = integer("axis", value)
+    if not -32 <= result < 32:
+        raise ValueError(f"axis: expected -32 to 31, got {result}")
+    return result
+
+
+def num_threads(value: Any) -> int:
+    """A positive number of threads. More than could be of use are as good as many."""
+    result = integer("num_threads", value)
+    if result < 1:
+        raise ValueError(f"num_threads: expected at least 1, got {result}")
+    return min(result, 256)
+
+
+def channels(x: NDArray[Any], at: int) -> int:
+    """How many channels x has."""
+    if not -x.ndim <= at < x.ndim:
+        hint = ": a rank-1 x is one sample, pass axis=0 or -1" if x.ndim == 1 else ""
+        raise ValueError(f"axis: expected {-x.ndim} to {x.ndim - 1} for x of shape {shape(x.shape)}, got {at}{hint}")
+    return x.shape[at]
+
+
+def vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]]:
+    """One real number per channel: a float array of any precision, or a list."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a plain array, got a masked array, whose mask would be ignored")
+    try:
+        result = np.asarray(value)
+    except Exception as error:
+        raise TypeError(f"{name}: expected {channels} real numbers, got {kind(value)} ({error})") from error
+    if result.dtype.kind != "f" and not (isinstance(value, (list, tuple)) and (result.dtype.kind in "iu" or not result.size)):
+        raise TypeError(f"{name}: expected real floating-point numbers, got {kind(value)} of {result.dtype}")
+    if result.shape != (channels,):
+        raise ValueError(f"{name}: expected shape ({channels},), one value per channel, got {shape(result.shape)}")
+    return result
+
+
+def optional_vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]] | None:
+    """As `vector`; None stays None."""
+    return None if value is None else vector(name, value, channels)
+
+
+def out_dtype(value: Any) -> np.dtype[Any] | None:
+    """float32 or float16, in any of NumPy's spellings; None stays None."""
+    if value is None:
+        return None
+    try:
+        result = np.dtype(value)
+    except Exception as error:
+        raise TypeError(f"dtype: expected {FLOAT_DTYPES}, got {value!r:.60}") from error
+    if result not in (np.float32, np.float16) or not result.isnative:
+        raise TypeError(f"dtype: expected {FLOAT_DTYPES}, got {result}")
+    return result
+
+
+def activation(value: Any) -> Activation:
+    """What the loops do after scale and shift: its kind, and low and high, or the slope as low."""
+    names = {
+        None: ("identity", 0.0, 0.0),
+        "relu": ("clip", 0.0, INFINITY),
+        "relu6": ("clip", 0.0, 6.0),
+        "hard_swish": ("hard_swish", 0.0, 0.0),
+    }
+    expected = "None, 'relu', 'relu6', 'hard_swish', ('leaky_relu', slope) or ('clip', low, high)"
+    if value is None or isinstance(value, str):
+        if value not in names:
+            raise ValueError(f"activation: expected {expected}, got {value!r:.60}")
+        return names[value]
+    if not isinstance(value, tuple):
+        raise TypeError(f"activation: expected {expected}, got {kind(value)}")
+    if len(value) == 2 and value[0] == "leaky_relu":
+        slope = number("activation slope", value[1])
+        if not math.isfinite(slope):
+            raise ValueError(f"activation: expected a finite slope, got {slope}")
+        return "leaky_relu", slope, 0.0
+    if len(value) == 3 and value[0] == "clip":
+        low, high = number("activation low", value[1]), number("activation high", value[2])
+        if not low <= high:
+            raise ValueError(f"activation: expected low <= high to clip to, got {low} and {high}")
+        return "clip", low, high
+    raise ValueError(f"activation: expected {expected}, got {value!r:.60}")

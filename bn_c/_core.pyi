@@ -1,0 +1,49 @@
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bn_c._checks import Activation
+
+Doubles = NDArray[np.float64]
+
+def cpu_runs(isa: str) -> bool: ...
+def use(capsule: object) -> None: ...
+def merge(
+    mean: Doubles, m2: Doubles, count: int, other_mean: Doubles, other_m2: Doubles, other_count: int
+) -> None: ...
+def normalize(
+    x: NDArray[Any],
+    folded: Folded,
+    activation: Activation,
+    axis: int,
+    residual: NDArray[Any] | None,
+    dtype: np.dtype[Any] | None,
+    out: NDArray[Any] | None,
+    threads: int,
+) -> NDArray[Any]: ...
+def normalize_batch(
+    x: NDArray[Any],
+    folded: Folded,
+    eps: float,
+    activation: Activation,
+    axis: int,
+    residual: NDArray[Any] | None,
+    dtype: np.dtype[Any] | None,
+    out: NDArray[Any] | None,
+    threads: int,
+) -> NDArray[Any]: ...
+def moments(x: NDArray[Any], axis: int, channels: int | None, threads: int) -> tuple[int, Doubles, Doubles]: ...
+
+class Folded:
+    channels: int
+    def __init__(
+        self, channels: int, gamma: NDArray[Any] | None = None, beta: NDArray[Any] | None = None
+    ) -> None: ...
+    def fold(self, mean: NDArray[Any] | None, var: NDArray[Any] | None, eps: float) -> Folded: ...
+    def statistics(self) -> tuple[Doubles, Doubles]: ...
+
+class Layer:
+    _ready: Folded | None
+    def _use(self, folded: Folded | None, activation: Activation, axis: int, threads: int) -> None: ...
+    def __call__(self, x: Any, *, residual: Any = None, dtype: Any = None, out: Any = None) -> NDArray[Any]: ...

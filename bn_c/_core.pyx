@@ -1,0 +1,434 @@
+"""From checked arguments to the kernels: takes the arrays' buffers, lays them out, runs the loops.
+
+a. Arrays are taken through the buffer protocol by hand, not as typed memoryviews: x may have any rank and
+   be float16, which memoryviews refuse, and they would accept what must be refused (byte-swapped and
+   unaligned data). Parameters, which are one-dimensional, are memoryviews.
+b. Everything is checked before the first element is written.
+c. Compiled for the baseline; only the kernels know more, and they are handed in by `use`.
+"""
+
+from libc.string cimport memset
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.pycapsule cimport PyCapsule_GetPointer
+
+from bn_c._layout cimport (
+    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
+    Activation, Coefficients, Job, Kernels, Operand, lay_out, magnitude, merge_moments, take_channels,
+)
+
+import numpy as np
+
+from bn_c import _checks
+from bn_c._threads import get_num_threads
+
+cdef extern from "bn_c/cpu.h" nogil:
+    ctypedef struct bn_fp_state:
+        pass
+    bint bn_cpu_runs(const char *isa)
+    void bn_fp_enter(bn_fp_state *state)
+    void bn_fp_leave(const bn_fp_state *state)
+
+cdef enum:
+    ABSENT = -1
+    RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
+    UNIT = 1 << 19              # bytes of channels normalised right after their statistics: they are still in L2
+
+cdef const Kernels *kernels = NULL
+cdef Py_ssize_t stream_from = 32 << 20
+cdef object ndarray = np.ndarray
+cdef object empty_like = np.empty_like
+cdef object float32 = np.dtype(np.float32)
+cdef object float16 = np.dtype(np.float16)
+
+
+def cpu_runs(str isa):
+    """Whether this CPU has the instruction set of that name."""
+    return bn_cpu_runs(isa.encode())
+
+
+def use(capsule):
+    """Makes the loops of one instruction set those that every call runs."""
+    global kernels
+    kernels = <const Kernels *> PyCapsule_GetPointer(capsule, "bn_c.kernels")
+
+
+# ---- arrays -----------------------------------------------------------------------------------------
+
+cdef struct Arrays:
+    Py_buffer x
+    Py_buffer residual
+    Py_buffer out
+
+
+cdef int type_code(const char *format) noexcept:
+    if format == NULL or format[0] == 0 or format[1] != 0:
+        return ABSENT
+    if format[0] == b"f":
+        return FLOAT32
+    if format[0] == b"e":
+        return FLOAT16
+    if format[0] == b"B":
+        return UINT8
+    if format[0] == b"b":
+        return INT8
+    if format[0] == b"H":
+        return UINT16
+    if format[0] == b"h":
+        return INT16
+    return ABSENT
+
+
+cdef int take(Py_buffer *view, Operand *operand, str name, array, bint writable, bint integers) except -1:
+    """Takes the buffer of an array and checks that its elements can be read (and written) as they are."""
+    cdef int d
+    cdef size_t misaligned
+    try:
+        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0))
+    except (ValueError, BufferError) as error:
+        raise _checks.unreadable(name, array, writable) from error
+    operand.type = type_code(view.format)
+    operand.data = <char *> view.buf
+    if operand.type == ABSENT or (not integers and operand.type > FLOAT16):
+        raise _checks.wrong_dtype(name, array, integers)
+    if view.ndim == 0 or view.ndim > MAX_NDIM:
+        raise ValueError(f"{name}: expected 1 to {MAX_NDIM} dimensions, got {view.ndim}")
+    misaligned = <size_t> view.buf
+    for d in range(view.ndim):
+        if view.shape[d] > 1:
+            misaligned |= <size_t> view.strides[d]
+    if misaligned % <size_t> view.itemsize and view.len > 0:
+        raise ValueError(f"{name}: expected aligned elements, got an unaligned array; pass {name}.copy()")
+    return 0
+
+
+cdef int same_shape(str name, const Py_buffer *view, const Py_buffer *x) except -1:
+    cdef int d
+    cdef bint same = view.ndim == x.ndim
+    for d in range(x.ndim if same else 0):
+        same = same and view.shape[d] == x.shape[d]
+    if not same:
+        raise ValueError(
+            f"{name}: expected the shape of x, {_checks.shape([x.shape[d] for d in range(x.ndim)])}, "
+            f"got {_checks.shape([view.shape[d] for d in range(view.ndim)])}")
+    return 0
+
+
+cdef void extent(const Py_buffer *view, size_t *low, size_t *high) noexcept:
+    """The addresses from the first byte to behind the last."""
+    cdef int d
+    cdef Py_ssize_t length
+    low[0] = <size_t> view.buf
+    high[0] = low[0] + view.itemsize
+    for d in range(view.ndim):
+        length = (view.shape[d] - 1) * view.strides[d]
+        if length < 0:
+            low[0] += length
+        else:
+            high[0] += length
+
+
+cdef int no_overlap(str name, const Py_buffer *view, array, const Py_buffer *out_view, out) except -1:
+    """out may be the other array itself, or apart from it; a partial overlap would read what was written."""
+    cdef size_t low, high, out_low, out_high
+    cdef bint same
+    cdef int d
+    extent(view, &low, &high)
+    extent(out_view, &out_low, &out_high)
+    if high <= out_low or out_high <= low:
+        return 0
+    same = view.buf == out_view.buf and view.itemsize == out_view.itemsize
+    for d in range(view.ndim):
+        same = same and (view.shape[d] == 1 or view.strides[d] == out_view.strides[d])
+    if not same and _checks.share_memory(array, out):
+        raise ValueError(f"out: expected {name} itself or memory apart from it, got a partial overlap with {name}")
+    return 0
+
+
+cdef int no_self_overlap(const Py_buffer *view) except -1:
+    """Each element of out has a place of its own: every stride spans all dimensions with smaller ones."""
+    cdef Py_ssize_t[MAX_NDIM] strides, lengths
+    cdef Py_ssize_t span = view.itemsize, stride, length
+    cdef int n = 0, d, i
+    for d in range(view.ndim):
+        if view.shape[d] == 1:
+            continue
+        stride = magnitude(view.strides[d])
+        i = n
+        while i > 0 and strides[i - 1] > stride:
+            strides[i] = strides[i - 1]
+            lengths[i] = lengths[i - 1]
+            i -= 1
+        strides[i] = stride
+        lengths[i] = view.shape[d]
+        n += 1
+    for i in range(n):
+        if strides[i] < span:
+            raise ValueError("out: expected every element in a place of its own, got elements that overlap in memory")
+        span += strides[i] * (lengths[i] - 1)
+    return 0
+
+
+cdef int channel_axis(Py_ssize_t axis, const Py_buffer *x) except -1:
+    if axis < -x.ndim or axis >= x.ndim:
+        raise ValueError(f"axis: expected {-x.ndim} to {x.ndim - 1} for x of {x.ndim} dimensions, got {axis}")
+    return <int> (axis + x.ndim if axis < 0 else axis)
+
+
+cdef Py_ssize_t elements(const Py_buffer *view) noexcept:
+    return view.len // view.itemsize
+
+
+cdef new_out(x, int type, dtype):
+    """An array like x, in x's memory order."""
+    if dtype is None:
+        dtype = float16 if type == FLOAT16 else float32
+    return empty_like(x, dtype)
+
+
+cdef void release(Arrays *arrays) noexcept:
+    # Releasing what was never taken (obj is NULL) does nothing.
+    PyBuffer_Release(&arrays.x)
+    PyBuffer_Release(&arrays.residual)
+    PyBuffer_Release(&arrays.out)
+
+
+cdef int take_input(Arrays *arrays, Job *job, x, Py_ssize_t axis, Py_ssize_t channels) except -1:
+    """Takes x and returns its axis of channels. `channels` is their expected number, or ABSENT."""
+    take(&arrays.x, &job.x, "x", x, False, True)
+    cdef int at = channel_axis(axis, &arrays.x)
+    if channels != ABSENT and arrays.x.shape[at] != channels:
+        raise ValueError(f"x: expected {channels} channels on axis {axis}, got shape {_checks.shape(x.shape)}")
+    return at
+
+
+cdef int take_residual(Arrays *arrays, Job *job, residual) except -1:
+    take(&arrays.residual, &job.residual, "residual", residual, False, False)
+    same_shape("residual", &arrays.residual, &arrays.x)
+    return 0
+
+
+cdef int take_out(Arrays *arrays, Job *job, x, residual, out, dtype) except -1:
+    take(&arrays.out, &job.out, "out", out, True, False)
+    same_shape("out", &arrays.out, &arrays.x)
+    if dtype is not None and out.dtype != dtype:
+        raise ValueError(f"out: expected dtype {dtype}, as dtype= says, got {out.dtype}")
+    if arrays.out.len > 0:
+        no_self_overlap(&arrays.out)
+        no_overlap("x", &arrays.x, x, &arrays.out, out)
+        if residual is not None:
+            no_overlap("residual", &arrays.residual, residual, &arrays.out, out)
+    return 0
+
+
+# ---- parameters -------------------------------------------------------------------------------------
+
+cdef enum:
+    MEAN
+    STD
+    GAMMA
+    BETA
+    VAR
+    EXACT_ROWS
+
+cdef enum:
+    CENTER
+    SCALE
+    SHIFT
+    ROUNDED_ROWS
+
+
+cdef class Folded:
+    """The parameters of each channel, in double, and what the loops need of them, in float."""
+    cdef readonly Py_ssize_t channels
+    cdef Py_ssize_t count
+    cdef object table
+    cdef double[:, ::1] exact
+    cdef float[:, ::1] rounded
+    cdef Coefficients k
+
+    def __init__(self, Py_ssize_t channels, gamma=None, beta=None):
+        self.channels = channels
+        self.table = np.empty((EXACT_ROWS, max(channels, 1)))
+        self.table[GAMMA] = 1 if gamma is None else gamma
+        self.table[BETA] = 0 if beta is None else beta
+        self.exact = self.table
+        self.rounded = np.empty((ROUNDED_ROWS, max(channels, 1)), float32)
+        self.k = Coefficients(
+            mean=&self.exact[MEAN, 0], std=&self.exact[STD, 0], gamma=&self.exact[GAMMA, 0], beta=&self.exact[BETA, 0],
+            center=&self.rounded[CENTER, 0], scale=&self.rounded[SCALE, 0], shift=&self.rounded[SHIFT, 0], wide=False)
+
+    def fold(self, mean, var, double eps):
+        """Takes the statistics to normalise with; returns itself."""
+        cdef bn_fp_state state
+        self.table[MEAN] = mean
+        self.table[VAR] = var
+        bn_fp_enter(&state)
+        kernels.fold(&self.k, self.channels, &self.exact[VAR, 0], eps)
+        bn_fp_leave(&state)
+        return self
+
+    def statistics(self):
+        """Of the mini-batch that was normalised: elements per channel, mean, sum of squared deviations."""
+        return (
+            self.count, self.table[MEAN, :self.channels].copy(), self.table[VAR, :self.channels] * self.count)
+
+
+cdef Activation as_activation(activation):
+    """`activation` as `_checks.activation` returns it."""
+    cdef Activation result
+    kind, low, high = activation
+    result.kind = {"identity": IDENTITY, "clip": CLIP, "leaky_relu": LEAKY_RELU, "hard_swish": HARD_SWISH}[kind]
+    result.low = result.slope = low
+    result.high = high
+    return result
+
+
+# ---- calls ------------------------------------------------------------------------------------------
+
+cdef void normalize_units(Job *job, double *var, double eps, double count) noexcept nogil:
+    """This mini-batch's statistics, and y, of some channels at a time."""
+    cdef Job unit
+    cdef Py_ssize_t start = 0, stop, c, step = job.channels
+    if not job.channels_last:
+        step = max(<Py_ssize_t> 1, <Py_ssize_t> (UNIT / (count * 4)))
+    while start < job.channels:
+        stop = min(start + step, job.channels)
+        unit = job[0]
+        take_channels(&unit, start, stop)
+        kernels.moments(&unit, unit.coefficients.mean, var + start)
+        for c in range(start, stop):
+            var[c] /= count
+        kernels.fold(&unit.coefficients, unit.channels, var + start, eps)
+        kernels.normalize(&unit)
+        start = stop
+
+
+cdef void run(Job *job, double *var, double eps, double count, bint batch) noexcept nogil:
+    cdef bn_fp_state state
+    bn_fp_enter(&state)
+    if batch:
+        normalize_units(job, var, eps, count)
+    else:
+        kernels.normalize(job)
+    bn_fp_leave(&state)
+
+
+cdef inline const Py_ssize_t *strides(const Py_buffer *view, object) noexcept:
+    return view.strides if object is not None else NULL
+
+
+cdef object forward(
+    x, Folded folded, const Activation *activation, Py_ssize_t axis, residual, dtype, out, int threads,
+    double eps, bint batch,
+):
+    """y of the folded statistics or, if `batch`, of those of x, which `folded` then holds."""
+    cdef Arrays arrays
+    cdef Job job
+    cdef int at
+    cdef Py_ssize_t size
+    memset(&arrays, 0, sizeof(arrays))
+    job.residual.data = NULL
+    try:
+        at = take_input(&arrays, &job, x, axis, folded.channels)
+        if residual is not None:
+            take_residual(&arrays, &job, residual)
+        if out is None:
+            out = new_out(x, job.x.type, dtype)
+            take(&arrays.out, &job.out, "out", out, True, False)
+        else:
+            take_out(&arrays, &job, x, residual, out, dtype)
+        size = elements(&arrays.x)
+        folded.count = size // folded.channels if size else 0
+        if size == 0:
+            if batch and folded.channels > 0:
+                raise ValueError(f"x: expected at least one element per channel, got shape {_checks.shape(x.shape)}")
+            return out
+        lay_out(&job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides,
+                strides(&arrays.residual, residual), arrays.out.strides)
+        job.coefficients = folded.k
+        job.activation = activation[0]
+        job.stream = arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
+        if size < RELEASE_GIL:
+            run(&job, &folded.exact[VAR, 0], eps, folded.count, batch)
+        else:
+            with nogil:
+                run(&job, &folded.exact[VAR, 0], eps, folded.count, batch)
+    finally:
+        release(&arrays)
+    return out
+
+
+def normalize(x, Folded folded, activation, Py_ssize_t axis, residual, dtype, out, int threads):
+    """y of given statistics."""
+    cdef Activation kind = as_activation(activation)
+    return forward(x, folded, &kind, axis, residual, dtype, out, threads, 0, False)
+
+
+def normalize_batch(x, Folded folded, double eps, activation, Py_ssize_t axis, residual, dtype, out, int threads):
+    """y of this mini-batch's statistics, which `folded.statistics()` gives afterwards."""
+    cdef Activation kind = as_activation(activation)
+    return forward(x, folded, &kind, axis, residual, dtype, out, threads, eps, True)
+
+
+def moments(x, Py_ssize_t axis, channels, int threads):
+    """Elements per channel, and the mean and the sum of squared deviations of each."""
+    cdef Arrays arrays
+    cdef Job job
+    cdef double[::1] mean, m2
+    cdef bn_fp_state state
+    memset(&arrays, 0, sizeof(arrays))
+    job.residual.data = NULL
+    job.out.data = NULL
+    try:
+        at = take_input(&arrays, &job, x, axis, ABSENT if channels is None else channels)
+        result = np.zeros((2, arrays.x.shape[at]))
+        if elements(&arrays.x) == 0:
+            return 0, result[0], result[1]
+        mean = result[0]
+        m2 = result[1]
+        lay_out(&job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, NULL, NULL)
+        with nogil:
+            bn_fp_enter(&state)
+            kernels.moments(&job, &mean[0], &m2[0])
+            bn_fp_leave(&state)
+        return elements(&arrays.x) // job.channels, result[0], result[1]
+    finally:
+        release(&arrays)
+
+
+def merge(
+    double[::1] mean, double[::1] m2, Py_ssize_t count,
+    const double[::1] other_mean, const double[::1] other_m2, Py_ssize_t other_count,
+):
+    """Moments of `count` elements become those of both parts."""
+    cdef Py_ssize_t c
+    for c in range(mean.shape[0]):
+        merge_moments(&mean[c], &m2[c], count, other_mean[c], other_m2[c], other_count)
+
+
+cdef class Layer:
+    """What a layer is between two calls with the same parameters: ready for x and out.
+
+    `_forward` of the subclass takes every other call; it folds the parameters, and `_use` keeps them until
+    `_ready` is set to None again.
+    """
+    cdef public Folded _ready
+    cdef Activation ready_activation
+    cdef Py_ssize_t ready_axis
+    cdef int ready_threads
+
+    def _use(self, Folded folded, activation, Py_ssize_t axis, int threads):
+        """From now on, calls with just x and out normalise with `folded`; 0 threads are the default's."""
+        self.ready_activation = as_activation(activation)
+        self.ready_axis = axis
+        self.ready_threads = threads
+        self._ready = folded
+
+    def __call__(self, x, *, residual=None, dtype=None, out=None):
+        cdef Folded folded = self._ready
+        if folded is None or type(x) is not ndarray or residual is not None or dtype is not None \
+                or (out is not None and type(out) is not ndarray):
+            return self._forward(x, residual, dtype, out)
+        cdef int threads = self.ready_threads or get_num_threads()
+        return forward(x, folded, &self.ready_activation, self.ready_axis, None, None, out, threads, 0, False)

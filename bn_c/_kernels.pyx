@@ -1,0 +1,614 @@
+"""The loops of the forward pass, compiled once per instruction set from this one source.
+
+    moments     mean = sum(x) / m,  m2 = sum((x - mean)^2)          (var = m2 / m)
+    fold        scale = gamma / sqrt(var + eps),  shift = beta - (mean - center) * scale
+    normalize   y = activation((x - center) * scale + shift + residual)
+
+a. Everything happens in blocks that stay in L1. A block that is not a run of floats (half, integers,
+   strides) is loaded into a buffer of floats first, one that is not stored as such is stored from it.
+b. Statistics are kept in columns. A block is rows x columns; each column has its own mean and its sum of
+   squared deviations from it, and is merged with the blocks before it in double (Chan, Golub, LeVeque
+   1979). A plane of one channel is cut into COLUMNS columns, which are merged at the end; so there is no
+   loop over one single sum, and every instruction set vectorises the same additions in the same order:
+   the same bits.
+c. Errors. Means are sums in double. A deviation from the mean rounded to float (2^-24, twice when squared),
+   its square (2^-24) and a tree of four of them (2 * 2^-24) round in float, what follows is double: var is
+   within 5 * 2^-24 = 3e-7 whatever the data. Columns whose squares leave the range of float, and
+   integers, are summed in double.
+d. `x == y` is told apart from `x != y` because only then does the compiler know that rows do not
+   overlap; literal arguments of inlined functions make one loop for each case out of one source.
+"""
+
+from libc.math cimport fabs, sqrt
+from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
+from libc.string cimport memcpy
+
+from cpython.pycapsule cimport PyCapsule_New
+
+from bn_c._layout cimport (
+    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, UINT8, UINT16,
+    Activation, Coefficients, Job, Kernels, Operand, merge_moments,
+)
+
+cdef extern from "bn_c/half.h" nogil:
+    void bn_floats_from_halves(const uint16_t *halves, float *floats, Py_ssize_t n)
+    void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
+
+cdef extern from "bn_c/stream.h" nogil:
+    void bn_stream(char *to, const char *source, size_t count)
+    void bn_stream_end()
+
+ctypedef fused number:
+    float
+    uint8_t
+    int8_t
+    uint16_t
+    int16_t
+
+cdef enum:
+    SPAN = 1024         # elements normalised at a time: 4 kB of buffer, the fastest of 256 .. 4096
+    PATTERN = 1024      # floats of coefficients repeated for rows of few channels
+    COLUMNS = 64        # columns of a plane: whole registers of every instruction set
+    WIDEST = 256        # columns of a block of rows: at least 16 rows of them fit a block
+    BLOCK = 4096        # elements of a block of statistics: 16 kB, half of the smallest L1
+
+cdef float NOT_A_NUMBER = float("nan")
+
+
+# ---- loading and storing: any type and strides, to and from a buffer of floats ----------------------
+
+cdef inline bint is_float_run(const Operand *operand, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+    """Whether rows x columns elements are floats one after the other."""
+    return operand.type == FLOAT32 and (columns == 1 or stride == 4) and (rows == 1 or operand.inner == columns * 4)
+
+
+cdef inline void load_numbers(const number *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef const char *at = <const char *> source
+    if stride == <Py_ssize_t> sizeof(number):
+        for i in range(n):
+            to[i] = <float> source[i]
+    else:
+        for i in range(n):
+            to[i] = <float> (<const number *> (at + i * stride))[0]
+
+
+cdef inline void load_halves(const char *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
+    cdef uint16_t[SPAN] halves
+    cdef Py_ssize_t i, some
+    if stride == 2:
+        bn_floats_from_halves(<const uint16_t *> source, to, n)
+        return
+    while n > 0:
+        some = min(<Py_ssize_t> SPAN, n)
+        for i in range(some):
+            halves[i] = (<const uint16_t *> (source + i * stride))[0]
+        bn_floats_from_halves(halves, to, some)
+        source += some * stride
+        to += some
+        n -= some
+
+
+cdef void load_row(int type, const char *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
+    if type == FLOAT32:
+        load_numbers(<const float *> source, stride, to, n)
+    elif type == FLOAT16:
+        load_halves(source, stride, to, n)
+    elif type == UINT8:
+        load_numbers(<const uint8_t *> source, stride, to, n)
+    elif type == INT8:
+        load_numbers(<const int8_t *> source, stride, to, n)
+    elif type == UINT16:
+        load_numbers(<const uint16_t *> source, stride, to, n)
+    else:
+        load_numbers(<const int16_t *> source, stride, to, n)
+
+
+cdef void load(const Operand *operand, const char *source, Py_ssize_t stride, float *to, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+    cdef Py_ssize_t row
+    if operand.inner == columns * stride:
+        load_row(operand.type, source, stride, to, rows * columns)
+        return
+    for row in range(rows):
+        load_row(operand.type, source + row * operand.inner, stride, to + row * columns, columns)
+
+
+cdef void store_row(const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    cdef uint16_t[SPAN] halves
+    cdef Py_ssize_t i
+    if job.out.type == FLOAT32:
+        if stride != 4:
+            for i in range(n):
+                (<float *> (to + i * stride))[0] = source[i]
+        elif job.stream:
+            bn_stream(to, <const char *> source, n * 4)
+        else:
+            memcpy(to, source, n * 4)
+    elif stride == 2 and not job.stream:
+        bn_halves_from_floats(source, <uint16_t *> to, n)
+    else:
+        bn_halves_from_floats(source, halves, n)
+        if stride == 2:
+            bn_stream(to, <const char *> halves, n * 2)
+        else:
+            for i in range(n):
+                (<uint16_t *> (to + i * stride))[0] = halves[i]
+
+
+cdef void store(const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+    cdef Py_ssize_t row
+    if job.out.inner == columns * stride:
+        store_row(job, source, to, stride, rows * columns)
+        return
+    for row in range(rows):
+        store_row(job, source + row * columns, to + row * job.out.inner, stride, columns)
+
+
+# ---- y = activation((x - center) * scale + shift + residual) ----------------------------------------
+
+cdef inline float activated(float y, int kind, float low, float high, float slope) noexcept nogil:
+    """Comparisons are written so that NaN stays NaN."""
+    if kind == CLIP:
+        y = low if y < low else y
+        y = high if y > high else y
+    elif kind == LEAKY_RELU:
+        y = y if y > 0 else y * slope
+    elif kind == HARD_SWISH:
+        y = <float> 0 if y <= -3 else (y if y >= 3 else y * (y + 3) * <float> (1.0 / 6.0))
+    return y
+
+
+cdef inline void normalize_floats(
+    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const float *center, const float *scale, const float *shift, int step,
+    int kind, const Activation *activation,
+) noexcept nogil:
+    """step is 1 where each element has its own channel, 0 where all have one."""
+    cdef Py_ssize_t i
+    cdef float t
+    cdef float low = activation.low, high = activation.high, slope = activation.slope
+    for i in range(n):
+        t = (x[i] - center[i * step]) * scale[i * step] + shift[i * step]
+        if residual != NULL:
+            t = t + residual[i]
+        y[i] = activated(t, kind, low, high, slope)
+
+
+cdef inline void normalize_activated(
+    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const float *center, const float *scale, const float *shift, int step,
+    const Activation *activation,
+) noexcept nogil:
+    if activation.kind == IDENTITY:
+        normalize_floats(x, residual, y, n, center, scale, shift, step, IDENTITY, activation)
+    elif activation.kind == CLIP:
+        normalize_floats(x, residual, y, n, center, scale, shift, step, CLIP, activation)
+    elif activation.kind == LEAKY_RELU:
+        normalize_floats(x, residual, y, n, center, scale, shift, step, LEAKY_RELU, activation)
+    else:
+        normalize_floats(x, residual, y, n, center, scale, shift, step, HARD_SWISH, activation)
+
+
+cdef inline void normalize_run(
+    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const float *center, const float *scale, const float *shift, int step,
+    const Activation *activation,
+) noexcept nogil:
+    if residual != NULL:
+        if x == y:
+            normalize_activated(y, residual, y, n, center, scale, shift, step, activation)
+        else:
+            normalize_activated(x, residual, y, n, center, scale, shift, step, activation)
+    elif x == y:
+        normalize_activated(y, NULL, y, n, center, scale, shift, step, activation)
+    else:
+        normalize_activated(x, NULL, y, n, center, scale, shift, step, activation)
+
+
+cdef void normalize_plane(
+    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const float *center, const float *scale, const float *shift, const Activation *activation,
+) noexcept nogil:
+    normalize_run(x, residual, y, n, center, scale, shift, 0, activation)
+
+
+cdef void normalize_channels(
+    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const float *center, const float *scale, const float *shift, const Activation *activation,
+) noexcept nogil:
+    normalize_run(x, residual, y, n, center, scale, shift, 1, activation)
+
+
+cdef void normalize_wide(
+    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const Coefficients *k, Py_ssize_t first, Py_ssize_t step, const Activation *activation,
+) noexcept nogil:
+    """The formula in double for the channels that need it, the same float loop for the others."""
+    cdef Py_ssize_t i, c
+    cdef float t
+    for i in range(n):
+        c = first + i * step
+        if k.scale[c] == k.scale[c]:
+            t = (x[i] - k.center[c]) * k.scale[c] + k.shift[c]
+        else:
+            t = <float> (k.gamma[c] * ((<double> x[i] - k.mean[c]) / k.std[c]) + k.beta[c])
+        if residual != NULL:
+            t = t + residual[i]
+        y[i] = activated(t, activation.kind, activation.low, activation.high, activation.slope)
+
+
+cdef void normalize_span(
+    const Job *job, const char *x, const char *residual, char *out, Py_ssize_t rows, Py_ssize_t columns,
+    const float *center, const float *scale, const float *shift, Py_ssize_t first, int step,
+) noexcept nogil:
+    """rows x columns elements; more than SPAN of them only in one row. Their channels begin at `first`."""
+    cdef float[SPAN] buffer, residual_buffer
+    cdef const float *source
+    cdef const float *added = NULL
+    cdef float *y
+    cdef Py_ssize_t done = 0, n, total = columns
+    cdef Py_ssize_t x_stride = job.x.channel if step else job.x.inner
+    cdef Py_ssize_t out_stride = job.out.channel if step else job.out.inner
+    cdef Py_ssize_t residual_stride = job.residual.channel if step else job.residual.inner
+    cdef bint x_is_run = is_float_run(&job.x, x_stride, rows, columns)
+    cdef bint out_is_run = not job.stream and is_float_run(&job.out, out_stride, rows, columns)
+    cdef bint residual_is_run = residual == NULL or is_float_run(&job.residual, residual_stride, rows, columns)
+    cdef bint all_runs = x_is_run and out_is_run and residual_is_run
+    # Loading x into its place in out would overwrite a residual that is out itself.
+    cdef bint into_out = out_is_run and (x_is_run or residual != out)
+
+    while done < total:
+        n = total - done
+        if rows > 1:
+            n = columns
+        elif not all_runs and n > SPAN:
+            # The first span ends where a cache line of out does, if there is one to align to.
+            n = SPAN - (((<size_t> out) % 64) // 4 if done == 0 else 0)
+        y = <float *> out if into_out else buffer
+        if x_is_run:
+            source = <const float *> x
+        else:
+            load(&job.x, x, x_stride, y, rows, n)
+            source = y
+        if residual != NULL:
+            if residual_is_run:
+                added = <const float *> residual
+            else:
+                load(&job.residual, residual, residual_stride, residual_buffer, rows, n)
+                added = residual_buffer
+        if job.coefficients.wide:
+            normalize_wide(source, added, y, n, &job.coefficients, first, step, &job.activation)
+        elif step:
+            normalize_channels(source, added, y, rows * n, center, scale, shift, &job.activation)
+        else:
+            normalize_plane(source, added, y, n, center, scale, shift, &job.activation)
+        if not into_out:
+            store(job, y, out, out_stride, rows, n)
+        done += n
+        x += n * x_stride
+        out += n * out_stride
+        if residual != NULL:
+            residual += n * residual_stride
+        if step:
+            first += n
+            center += n
+            scale += n
+            shift += n
+
+
+cdef inline Py_ssize_t outer_offset(const Job *job, const Operand *operand, Py_ssize_t position) noexcept nogil:
+    cdef Py_ssize_t offset = 0
+    cdef int d
+    for d in range(job.outer_ndim - 1, 0, -1):
+        offset += position % job.outer_shape[d] * operand.outer[d]
+        position //= job.outer_shape[d]
+    return offset + position * operand.outer[0]
+
+
+cdef inline Py_ssize_t rows_per_pattern(const Job *job) noexcept nogil:
+    """How many rows of few channels are done at once: the fewest that fill whole registers, several times."""
+    cdef Py_ssize_t rows = 16
+    if job.channels * 16 > PATTERN or job.inner < 4 or job.coefficients.wide:
+        return 1
+    while rows * job.channels * 2 <= PATTERN // 2:
+        rows *= 2
+    return min(rows, job.inner)
+
+
+cdef void normalize_rows(const Job *job, const char *x, const char *residual, char *out) noexcept nogil:
+    cdef float[PATTERN] center, scale, shift
+    cdef const Coefficients *k = &job.coefficients
+    cdef Py_ssize_t at = 0, rows = rows_per_pattern(job), row = 0, c
+    if rows == 1:
+        for row in range(job.inner):
+            normalize_span(
+                job, x + row * job.x.inner, residual + row * job.residual.inner if residual != NULL else NULL,
+                out + row * job.out.inner, 1, job.channels, k.center, k.scale, k.shift, 0, 1)
+        return
+    for row in range(rows):
+        for c in range(job.channels):
+            center[at] = k.center[c]
+            scale[at] = k.scale[c]
+            shift[at] = k.shift[c]
+            at += 1
+    row = 0
+    while row < job.inner:
+        normalize_span(
+            job, x + row * job.x.inner, residual + row * job.residual.inner if residual != NULL else NULL,
+            out + row * job.out.inner, min(rows, job.inner - row), job.channels, center, scale, shift, 0, 1)
+        row += rows
+
+
+cdef void normalize(const Job *job) noexcept nogil:
+    cdef const Coefficients *k = &job.coefficients
+    cdef Py_ssize_t position, c
+    cdef const char *x
+    cdef const char *residual = NULL
+    cdef char *out
+    for position in range(job.outer):
+        x = job.x.data + outer_offset(job, &job.x, position)
+        out = job.out.data + outer_offset(job, &job.out, position)
+        if job.residual.data != NULL:
+            residual = job.residual.data + outer_offset(job, &job.residual, position)
+        if job.channels_last:
+            normalize_rows(job, x, residual, out)
+            continue
+        for c in range(job.channels):
+            normalize_span(
+                job, x + c * job.x.channel, residual + c * job.residual.channel if residual != NULL else NULL,
+                out + c * job.out.channel, 1, job.inner, k.center + c, k.scale + c, k.shift + c, c, 0)
+    if job.stream:
+        bn_stream_end()
+
+
+# ---- moments ----------------------------------------------------------------------------------------
+
+cdef void column_means(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, double *mean,
+) noexcept nogil:
+    cdef Py_ssize_t row, c
+    cdef const float *a
+    cdef const float *b
+    for c in range(columns):
+        mean[c] = 0
+    for row in range(0, rows - 3, 4):
+        a = x + row * stride
+        b = a + 2 * stride
+        for c in range(columns):
+            mean[c] += (<double> a[c] + <double> a[c + stride]) + (<double> b[c] + <double> b[c + stride])
+    for row in range(rows & ~3, rows):
+        a = x + row * stride
+        for c in range(columns):
+            mean[c] += <double> a[c]
+    for c in range(columns):
+        mean[c] /= rows
+
+
+cdef bint column_squares(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *mean, double *m2,
+) noexcept nogil:
+    """The m2 of each column. False if float could not hold the squares of some: their m2 is NaN then."""
+    cdef float[WIDEST] center
+    cdef Py_ssize_t row, c
+    cdef const float *a
+    cdef const float *b
+    cdef float d0, d1, d2, d3
+    cdef double off
+    cdef int unsafe = 0, outside
+    for c in range(columns):
+        center[c] = <float> mean[c]
+        m2[c] = 0
+    for row in range(0, rows - 3, 4):
+        a = x + row * stride
+        b = a + 2 * stride
+        for c in range(columns):
+            d0 = a[c] - center[c]
+            d1 = a[c + stride] - center[c]
+            d2 = b[c] - center[c]
+            d3 = b[c + stride] - center[c]
+            m2[c] += <double> ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+    for row in range(rows & ~3, rows):
+        a = x + row * stride
+        for c in range(columns):
+            d0 = a[c] - center[c]
+            m2[c] += <double> (d0 * d0)
+    for c in range(columns):
+        # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; NaN is neither.
+        outside = not (m2[c] >= 1e-30 and m2[c] <= 1e37)
+        unsafe |= outside
+        off = mean[c] - center[c]
+        off = m2[c] - rows * (off * off)
+        off = 0 if off < 0 else off
+        m2[c] = NOT_A_NUMBER if outside else off
+    return not unsafe
+
+
+cdef void column_squares_wide(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *mean, double *m2,
+) noexcept nogil:
+    """The same in double."""
+    cdef Py_ssize_t row, c
+    cdef double d
+    for c in range(columns):
+        m2[c] = 0
+    for row in range(rows):
+        for c in range(columns):
+            d = x[row * stride + c] - mean[c]
+            m2[c] += d * d
+
+
+cdef void column_moments(
+    int type, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, double *mean, double *m2,
+) noexcept nogil:
+    cdef double[WIDEST] wide
+    cdef Py_ssize_t c
+    column_means(x, stride, rows, columns, mean)
+    if type != FLOAT32 and type != FLOAT16:
+        column_squares_wide(x, stride, rows, columns, mean, m2)
+    elif not column_squares(x, stride, rows, columns, mean, m2):
+        column_squares_wide(x, stride, rows, columns, mean, wide)
+        for c in range(columns):
+            m2[c] = wide[c] if m2[c] != m2[c] else m2[c]
+
+
+cdef void add_block(
+    int type, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
+    double *mean, double *m2, Py_ssize_t n,
+) noexcept nogil:
+    """Adds a block to the moments of its columns, which hold n rows so far."""
+    cdef double[WIDEST] block_mean, block_m2
+    cdef Py_ssize_t c
+    column_moments(type, x, stride, rows, columns, block_mean, block_m2)
+    for c in range(columns):
+        merge_moments(&mean[c], &m2[c], n, block_mean[c], block_m2[c], rows)
+
+
+cdef void merge_columns(
+    const double *column_mean, const double *column_m2, Py_ssize_t columns, Py_ssize_t n,
+    Py_ssize_t channels, double *mean, double *m2,
+) noexcept nogil:
+    """Columns of n elements each, of which every `channels`-th is the same channel, become the channels' moments."""
+    cdef Py_ssize_t c, i, per_channel = columns // channels
+    cdef double d
+    for c in range(channels):
+        mean[c] = 0
+        m2[c] = 0
+        for i in range(per_channel):
+            mean[c] += column_mean[c + i * channels]
+        mean[c] /= per_channel
+        for i in range(per_channel):
+            d = column_mean[c + i * channels] - mean[c]
+            m2[c] += column_m2[c + i * channels] + n * (d * d)
+
+
+cdef void plane_moments(const Job *job, const char *x, double *mean, double *m2) noexcept nogil:
+    """One channel: long runs of floats where they are, everything else by way of the buffer."""
+    cdef float[BLOCK] buffer
+    cdef double[COLUMNS] column_mean, column_m2
+    cdef double tail_mean = 0, tail_m2 = 0
+    cdef int type = job.x.type
+    cdef Py_ssize_t n = 0, filled = 0, position, left, rows, blocks, some
+    cdef const char *at
+    for position in range(COLUMNS):
+        column_mean[position] = 0
+        column_m2[position] = 0
+    for position in range(job.outer):
+        at = x + outer_offset(job, &job.x, position)
+        left = job.inner
+        if is_float_run(&job.x, job.x.inner, 1, left) and left >= BLOCK // 4:
+            for blocks in range((left + BLOCK - 1) // BLOCK, 0, -1):
+                rows = (left // COLUMNS + blocks - 1) // blocks
+                add_block(type, <const float *> at, COLUMNS, rows, COLUMNS, column_mean, column_m2, n)
+                n += rows
+                at += rows * COLUMNS * 4
+                left -= rows * COLUMNS
+        while left > 0:
+            some = min(left, BLOCK - filled)
+            load_row(type, at, job.x.inner, buffer + filled, some)
+            at += some * job.x.inner
+            left -= some
+            filled += some
+            if filled == BLOCK:
+                add_block(type, buffer, COLUMNS, BLOCK // COLUMNS, COLUMNS, column_mean, column_m2, n)
+                n += BLOCK // COLUMNS
+                filled = 0
+    rows = filled // COLUMNS
+    if rows > 0:
+        add_block(type, buffer, COLUMNS, rows, COLUMNS, column_mean, column_m2, n)
+        n += rows
+    filled -= rows * COLUMNS
+    if filled > 0:
+        column_moments(type, buffer + rows * COLUMNS, 1, filled, 1, &tail_mean, &tail_m2)
+    if n == 0:
+        mean[0] = tail_mean
+        m2[0] = tail_m2
+        return
+    merge_columns(column_mean, column_m2, COLUMNS, n, 1, mean, m2)
+    if filled > 0:
+        merge_moments(mean, m2, n * COLUMNS, tail_mean, tail_m2, filled)
+
+
+cdef void add_rows(
+    const Job *job, const char *x, Py_ssize_t rows, Py_ssize_t columns, double *mean, double *m2, Py_ssize_t n,
+) noexcept nogil:
+    """Adds rows of all columns; a row of columns may be several rows of channels."""
+    cdef float[BLOCK] buffer
+    cdef Py_ssize_t per_row = columns // job.channels
+    cdef Py_ssize_t first = 0, some
+    cdef bint in_place = is_float_run(&job.x, job.x.channel, per_row, job.channels)
+    while first < columns:
+        some = min(<Py_ssize_t> WIDEST, columns - first)
+        if in_place:
+            add_block(FLOAT32, <const float *> x + first, per_row * job.x.inner // 4, rows, some, mean + first, m2 + first, n)
+        else:
+            load(&job.x, x + first * job.x.channel, job.x.channel, buffer, rows * per_row, some // per_row)
+            add_block(job.x.type, buffer, some, rows, some, mean + first, m2 + first, n)
+        first += some
+
+
+cdef void row_moments(const Job *job, double *mean, double *m2) noexcept nogil:
+    """Channels last. Rows of few channels are taken several at a time, so that the columns fill registers."""
+    cdef double[COLUMNS] column_mean, column_m2, tail_mean, tail_m2
+    cdef Py_ssize_t channels = job.channels, position, row, some, c
+    cdef Py_ssize_t per_row = max(<Py_ssize_t> 1, COLUMNS // channels) if job.inner >= COLUMNS else 1
+    cdef Py_ssize_t columns = per_row * channels
+    cdef Py_ssize_t most = max(<Py_ssize_t> 16, min(<Py_ssize_t> 64, BLOCK // columns))
+    cdef Py_ssize_t n = 0, tail = 0
+    cdef double *main_mean = &column_mean[0] if per_row > 1 else mean
+    cdef double *main_m2 = &column_m2[0] if per_row > 1 else m2
+    cdef const char *x
+    for c in range(columns):
+        main_mean[c] = 0
+        main_m2[c] = 0
+    for c in range(channels if per_row > 1 else 0):
+        tail_mean[c] = 0
+        tail_m2[c] = 0
+    for position in range(job.outer):
+        x = job.x.data + outer_offset(job, &job.x, position)
+        row = job.inner // per_row
+        while row > 0:
+            some = min(most, row)
+            add_rows(job, x, some, columns, main_mean, main_m2, n)
+            x += some * per_row * job.x.inner
+            n += some
+            row -= some
+        some = job.inner % per_row
+        if some > 0:
+            add_rows(job, x, some, channels, tail_mean, tail_m2, tail)
+            tail += some
+    if per_row > 1:
+        merge_columns(column_mean, column_m2, columns, n, channels, mean, m2)
+        for c in range(channels if tail > 0 else 0):
+            merge_moments(&mean[c], &m2[c], n * per_row, tail_mean[c], tail_m2[c], tail)
+
+
+cdef void moments(const Job *job, double *mean, double *m2) noexcept nogil:
+    cdef Py_ssize_t c
+    if job.channels_last:
+        row_moments(job, mean, m2)
+        return
+    for c in range(job.channels):
+        plane_moments(job, job.x.data + c * job.x.channel, mean + c, m2 + c)
+
+
+# ---- fold -------------------------------------------------------------------------------------------
+
+cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double eps) noexcept nogil:
+    cdef Py_ssize_t c
+    cdef double scale, shift
+    cdef int safe, wide = 0
+    for c in range(channels):
+        k.std[c] = sqrt(var[c] + eps)
+        scale = k.gamma[c] / k.std[c]
+        k.center[c] = <float> k.mean[c]
+        shift = k.beta[c] - (k.mean[c] - k.center[c]) * scale
+        safe = (fabs(scale) >= 1e-30 or scale == 0) and fabs(scale) <= 1e30 \
+            and fabs(k.mean[c]) <= 1e30 and fabs(shift) <= 1e37
+        wide |= not safe
+        k.scale[c] = <float> scale if safe else NOT_A_NUMBER
+        k.shift[c] = <float> shift
+    k.wide = wide
+
+
+cdef Kernels kernels = Kernels(normalize=normalize, moments=moments, fold=fold)
+table = PyCapsule_New(&kernels, "bn_c.kernels", NULL)

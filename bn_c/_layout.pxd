@@ -1,0 +1,163 @@
+"""What passes from the checked arrays to the loops: one `Job`, laid out.
+
+a. An array of any rank is three loops: over the channels, over one `inner` dimension and over the
+   `outer` positions, which are whatever dimensions could not be merged into the inner one.
+b. Of channels and inner the one with the smaller stride in x runs fastest. `channels_last` says
+   which: rows of channels, or planes of one channel.
+c. Strides are in bytes and may be negative or zero. No array is copied to be laid out.
+d. A part of the work is a job too: the same loops over fewer channels, rows or outer positions.
+   Threads and blocks are made that way, and the kernels need not know of either.
+"""
+
+cdef enum:
+    MAX_NDIM = 32
+
+cdef enum Type:
+    FLOAT32
+    FLOAT16
+    UINT8
+    INT8
+    UINT16
+    INT16
+
+cdef enum ActivationKind:
+    IDENTITY
+    CLIP            # min(max(y, low), high): relu and relu6 too
+    LEAKY_RELU      # y > 0 ? y : slope * y
+    HARD_SWISH      # y * clip(y + 3, 0, 6) / 6
+
+cdef struct Activation:
+    int kind
+    float low
+    float high
+    float slope
+
+cdef struct Operand:
+    char *data                      # NULL: absent
+    int type
+    Py_ssize_t channel              # stride from channel to channel
+    Py_ssize_t inner
+    Py_ssize_t outer[MAX_NDIM]
+
+# Per channel; y = (x - center) * scale + shift in float, from
+#   scale  = gamma / std,   std = sqrt(var + eps)
+#   center = mean rounded to float
+#   shift  = beta - (mean - center) * scale     (the rounding of the mean is not lost)
+# A channel whose numbers leave the safe range of float has a NaN scale and is computed in double.
+cdef struct Coefficients:
+    double *mean
+    double *std
+    double *gamma
+    double *beta
+    float *center
+    float *scale
+    float *shift
+    bint wide                       # some channel is computed in double
+
+cdef struct Job:
+    bint channels_last
+    bint stream                     # write past the caches: out is larger than they are
+    Py_ssize_t channels
+    Py_ssize_t inner
+    Py_ssize_t outer
+    int outer_ndim
+    Py_ssize_t outer_shape[MAX_NDIM]
+    Operand x
+    Operand residual
+    Operand out
+    Coefficients coefficients
+    Activation activation
+
+# The loops of one instruction set.
+cdef struct Kernels:
+    void (*normalize)(const Job *job) noexcept nogil
+    void (*moments)(const Job *job, double *mean, double *m2) noexcept nogil
+    void (*fold)(Coefficients *coefficients, Py_ssize_t channels, const double *var, double eps) noexcept nogil
+
+
+cdef inline Py_ssize_t magnitude(Py_ssize_t stride) noexcept nogil:
+    return -stride if stride < 0 else stride
+
+
+cdef inline void lay_out(
+    Job *job, int ndim, int axis, const Py_ssize_t *shape,
+    const Py_ssize_t *x, const Py_ssize_t *residual, const Py_ssize_t *out,
+) noexcept nogil:
+    """Fills in the loops of `job` from the shape and the strides of its arrays (NULL where there is none)."""
+    cdef Py_ssize_t[MAX_NDIM] sizes
+    cdef int[MAX_NDIM] dims                  # not the channels, of more than one element, by falling stride of x
+    cdef int n = 0, merged = 0, d, i
+    job.channels = shape[axis]
+    job.x.channel = x[axis]
+    job.out.channel = out[axis] if out != NULL else 0
+    job.residual.channel = residual[axis] if residual != NULL else 0
+    for d in range(ndim):
+        if d == axis or shape[d] == 1:
+            continue
+        i = n
+        while i > 0 and magnitude(x[dims[i - 1]]) < magnitude(x[d]):
+            dims[i] = dims[i - 1]
+            i -= 1
+        dims[i] = d
+        n += 1
+    # A dimension whose neighbour continues it in every array is the same loop.
+    for i in range(n):
+        d = dims[i]
+        if (
+            merged > 0 and x[dims[merged - 1]] == x[d] * shape[d]
+            and (out == NULL or out[dims[merged - 1]] == out[d] * shape[d])
+            and (residual == NULL or residual[dims[merged - 1]] == residual[d] * shape[d])
+        ):
+            merged -= 1
+            sizes[merged] *= shape[d]
+        else:
+            sizes[merged] = shape[d]
+        dims[merged] = d
+        merged += 1
+    job.inner = 1
+    job.x.inner = job.out.inner = job.residual.inner = 0
+    if merged > 0:
+        merged -= 1
+        d = dims[merged]
+        job.inner = sizes[merged]
+        job.x.inner = x[d]
+        job.out.inner = out[d] if out != NULL else 0
+        job.residual.inner = residual[d] if residual != NULL else 0
+    job.outer_ndim = merged
+    job.outer = 1
+    job.x.outer[0] = job.out.outer[0] = job.residual.outer[0] = 0
+    for i in range(merged):
+        d = dims[i]
+        job.outer *= sizes[i]
+        job.outer_shape[i] = sizes[i]
+        job.x.outer[i] = x[d]
+        job.out.outer[i] = out[d] if out != NULL else 0
+        job.residual.outer[i] = residual[d] if residual != NULL else 0
+    job.channels_last = job.channels > 1 and (job.inner == 1 or magnitude(job.x.channel) < magnitude(job.x.inner))
+
+
+cdef inline void take_channels(Job *job, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
+    """Restricts the job to these channels."""
+    job.channels = stop - start
+    job.x.data += start * job.x.channel
+    if job.out.data != NULL:
+        job.out.data += start * job.out.channel
+    if job.residual.data != NULL:
+        job.residual.data += start * job.residual.channel
+    job.coefficients.mean += start
+    job.coefficients.std += start
+    job.coefficients.gamma += start
+    job.coefficients.beta += start
+    job.coefficients.center += start
+    job.coefficients.scale += start
+    job.coefficients.shift += start
+
+
+cdef inline void merge_moments(
+    double *mean, double *m2, double n, double other_mean, double other_m2, double m,
+) noexcept nogil:
+    """The moments of n elements become those of n + m. An infinite mean stays so: inf - inf would be NaN."""
+    cdef double delta = other_mean - mean[0]
+    cdef double share = m / (n + m)
+    mean[0] = mean[0] + delta * share if delta - delta == 0 else mean[0] + other_mean
+    m2[0] += other_m2 + delta * delta * (n * share)

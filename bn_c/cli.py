@@ -1,0 +1,44 @@
+"""The command line: `bn-c demo`, `bn-c info`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import bn_c
+
+
+def _demo(_: argparse.Namespace) -> None:
+    from bn_c import demo
+
+    demo.main()
+
+
+def _info(_: argparse.Namespace) -> None:
+    bn_c.show_config()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bn-c", description="Batch normalization, forward, on the CPU.")
+    parser.add_argument("--version", action="version", version=f"bn-c {bn_c.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, run, summary, example in (
+        ("demo", _demo, "a small network on handwritten digits, before and after its sensor drifts", "bn-c demo"),
+        ("info", _info, "version, instruction sets, threads, NumPy and Python", "BN_C_MAX_ISA=x86_64 bn-c info"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".", epilog=f"example: {example}")
+        command.set_defaults(run=run)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status. Bad use is one line on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe left; what Python still wants to flush goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

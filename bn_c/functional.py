@@ -1,0 +1,200 @@
+"""Batch normalization of one array: with its own statistics, with given ones, and the statistics alone."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+from numpy.typing import ArrayLike, NDArray
+
+from bn_c import _checks, _core, _threads
+from bn_c.stats import BatchStats
+
+Activation = (
+    Literal["relu", "relu6", "hard_swish"]
+    | tuple[Literal["leaky_relu"], float]
+    | tuple[Literal["clip"], float, float]
+    | None
+)
+
+
+def _prepare(x: Any, axis: Any, gamma: Any, beta: Any) -> tuple[NDArray[Any], int, _core.Folded]:
+    x = _checks.array("x", x)
+    axis = _checks.axis(axis)
+    channels = _checks.channels(x, axis)
+    gamma = _checks.optional_vector("gamma", gamma, channels)
+    beta = _checks.optional_vector("beta", beta, channels)
+    return x, axis, _core.Folded(channels, gamma, beta)
+
+
+def _options(activation: Any, axis: int, residual: Any, dtype: Any, out: Any, num_threads: Any) -> tuple[Any, ...]:
+    """The last arguments of the core's calls, checked."""
+    return (
+        _checks.activation(activation),
+        axis,
+        _checks.optional_array("residual", residual),
+        _checks.out_dtype(dtype),
+        _checks.optional_array("out", out),
+        _threads.resolve(num_threads),
+    )
+
+
+@overload
+def batch_norm(
+    x: Any,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
+    activation: Activation = None,
+    dtype: Any = None,
+    out: Any = None,
+    num_threads: int | None = None,
+    return_stats: Literal[False] = False,
+) -> NDArray[Any]: ...
+@overload
+def batch_norm(
+    x: Any,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
+    activation: Activation = None,
+    dtype: Any = None,
+    out: Any = None,
+    num_threads: int | None = None,
+    return_stats: Literal[True],
+) -> tuple[NDArray[Any], BatchStats]: ...
+def batch_norm(
+    x: Any,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
+    activation: Activation = None,
+    dtype: Any = None,
+    out: Any = None,
+    num_threads: int | None = None,
+    return_stats: bool = False,
+) -> NDArray[Any] | tuple[NDArray[Any], BatchStats]:
+    """Normalises x with the mean and variance of this mini-batch (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+    For the m values of each channel
+
+        mean = sum(x) / m        var = sum((x - mean)^2) / m
+        y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)
+
+    Parameters
+    ----------
+    x : array of shape (N, C), (N, C, H, W) or any other rank from 1 to 32
+        float32 or float16; uint8, int8, uint16 and int16 are read exactly. Any strides, none copied. Anything
+        that shares its memory with NumPy will do: buffers, `__array__`, DLPack.
+    gamma, beta : (C,) arrays of any float dtype, or lists, optional
+        Scale and shift; 1 and 0 if None.
+    eps : float
+        Added to the variance; finite, >= 0.
+    axis : int
+        Where x has its channels: 1, or -1 for channels last.
+    residual : float32 or float16 array of the shape of x, optional
+        Added before the activation, in the same pass.
+    activation : None, "relu", "relu6", "hard_swish", ("leaky_relu", slope) or ("clip", low, high)
+        NaN stays NaN through each.
+    dtype : float32 or float16, optional
+        Of y; else that of `out`, else that of x, float32 for integers.
+    out : array of the shape of x, optional
+        Written and returned. May be x itself; may not overlap x or residual in part.
+    num_threads : int, optional
+        The result does not depend on it. None: `bn_c.get_num_threads()`.
+    return_stats : bool
+        Also return the `BatchStats` of x.
+
+    Returns
+    -------
+    y, or (y, stats)
+        In x's memory order unless `out` is given. |y - exact| is within 6 * 2^-24 * (|gamma * x_hat| + |beta| +
+        |residual|) and half an ulp of y's dtype, at any mean.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing is written then. ValueError also if x has
+        no element per channel.
+    """
+    x, axis, folded = _prepare(x, axis, gamma, beta)
+    options = _options(activation, axis, residual, dtype, out, num_threads)
+    y = _core.normalize_batch(x, folded, _checks.eps(eps), *options)
+    y = y if out is None else out
+    return (y, BatchStats.of(*folded.statistics())) if return_stats else y
+
+
+def batch_norm_inference(
+    x: Any,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
+    activation: Activation = None,
+    dtype: Any = None,
+    out: Any = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """Normalises x with given statistics, such as the running ones of a trained layer.
+
+        y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)
+
+    Parameters
+    ----------
+    mean, var : (C,) arrays of any float dtype, or lists
+        The statistics of each channel. Where var + eps is 0 or negative, y is what IEEE 754 arithmetic gives.
+    x, gamma, beta, eps, axis, residual, activation, dtype, out, num_threads
+        As in `batch_norm`. x may have no elements.
+
+    Returns
+    -------
+    y
+        As in `batch_norm`. The same bits for any layout and for any split of a batch.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing is written then.
+    """
+    x, axis, folded = _prepare(x, axis, gamma, beta)
+    options = _options(activation, axis, residual, dtype, out, num_threads)
+    channels = folded.channels
+    folded.fold(_checks.vector("mean", mean, channels), _checks.vector("var", var, channels), _checks.eps(eps))
+    y = _core.normalize(x, folded, *options)
+    return y if out is None else out
+
+
+def batch_stats(x: Any, *, axis: int = 1, num_threads: int | None = None) -> BatchStats:
+    """The statistics of x alone; x is read once.
+
+    Parameters
+    ----------
+    x, axis, num_threads
+        As in `batch_norm`. x may have no elements: the count is 0 then.
+
+    Returns
+    -------
+    BatchStats
+        count, mean and biased variance of each channel, in float64. For floats var is within 3e-7 (relative) and
+        mean within 2e-7 * max|x| of the exact values, whatever the offset and the length; exact for integers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+    """
+    x = _checks.array("x", x)
+    count, mean, m2 = _core.moments(x, _checks.axis(axis), None, _threads.resolve(num_threads))
+    return BatchStats.of(count, mean, m2)

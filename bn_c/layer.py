@@ -1,0 +1,319 @@
+"""The layer: parameters, running statistics and the mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bn_c import _checks, _core, _threads
+from bn_c.functional import Activation
+from bn_c.stats import BatchStats
+
+Floats = NDArray[np.float32]
+TORCH_KEYS = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
+COUNTER = "num_batches_tracked"
+
+
+class _PerChannel:
+    """A float32 array of one value per channel: read-only to read, checked when assigned, None if absent."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: BatchNorm, owner: type) -> Floats | None:
+        return layer._arrays.get(self.name)
+
+    def __set__(self, layer: BatchNorm, value: ArrayLike) -> None:
+        if self.name not in layer._arrays:
+            raise ValueError(f"{self.name}: expected no assignment, this layer was made without it")
+        layer._assign({self.name: value})
+
+
+class BatchNorm(_core.Layer):
+    """The batch normalization layer, forward only; a new one is in inference mode.
+
+    In inference mode `bn(x)` normalises with the running statistics. In training mode it normalises with those
+    of the mini-batch and moves the running ones:
+
+        running = (1 - momentum) * running + momentum * batch
+
+    Parameters
+    ----------
+    num_features : int
+        The number of channels, C.
+    eps : float
+        Added to the variance; finite, >= 0.
+    momentum : float from 0 to 1, or None
+        The weight of the new mini-batch, as in PyTorch; None: the average of all mini-batches.
+    axis : int
+        Where inputs have their channels: 1, or -1 for channels last.
+    affine : bool
+        Whether there are gamma and beta; else they are None.
+    track_running_stats : bool
+        Whether there are running statistics; else they are None and every call uses those of its mini-batch.
+    unbiased_running_var : bool
+        Whether running_var takes the variance divided by m - 1, as in PyTorch, or by m, as in Keras and ONNX.
+    activation : None, "relu", "relu6", "hard_swish", ("leaky_relu", slope) or ("clip", low, high)
+        Applied to y in the same pass.
+    allow_single_value : bool
+        Whether training takes mini-batches of one value per channel: y is beta, running_var keeps its value.
+    training : bool
+        The mode to begin with.
+    num_threads : int or None
+        Threads of each call; the result does not depend on it. None: `bn_c.get_num_threads()`.
+
+    Attributes
+    ----------
+    gamma, beta, running_mean, running_var : read-only float32 arrays of shape (C,), or None
+        Changed by assignment of any float dtype or list, from the next call on.
+    num_batches_tracked : int
+        Mini-batches seen in training mode.
+    eps, momentum, activation, num_threads
+        Can be assigned.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came. A call that raises changes nothing.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        axis: int = 1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        unbiased_running_var: bool = True,
+        activation: Activation = None,
+        allow_single_value: bool = False,
+        training: bool = False,
+        num_threads: int | None = 1,
+    ) -> None:
+        channels = _checks.integer("num_features", num_features)
+        if channels < 0:
+            raise ValueError(f"num_features: expected an integer >= 0, got {channels}")
+        self._num_features = channels
+        self._axis = _checks.axis(axis)
+        self._unbiased_running_var = _checks.flag("unbiased_running_var", unbiased_running_var)
+        self._allow_single_value = _checks.flag("allow_single_value", allow_single_value)
+        self.eps = eps
+        self.momentum = momentum
+        self.activation = activation
+        self.num_threads = num_threads
+        self.training = training
+        self._num_batches_tracked = 0
+        self._arrays: dict[str, Floats] = {}
+        if _checks.flag("affine", affine):
+            self._assign({"gamma": np.ones(channels), "beta": np.zeros(channels)})
+        if _checks.flag("track_running_stats", track_running_stats):
+            self._assign({"running_mean": np.zeros(channels), "running_var": np.ones(channels)})
+
+    gamma = _PerChannel()
+    beta = _PerChannel()
+    running_mean = _PerChannel()
+    running_var = _PerChannel()
+
+    def _assign(self, values: Mapping[str, Any]) -> None:
+        """Checks all values, then takes them."""
+        arrays = {}
+        for name, value in values.items():
+            arrays[name] = np.array(_checks.vector(name, value, self._num_features), np.float32)
+            arrays[name].flags.writeable = False
+        self._arrays.update(arrays)
+        self._forget()
+
+    @property
+    def num_features(self) -> int:
+        """The number of channels."""
+        return self._num_features
+
+    @property
+    def axis(self) -> int:
+        """Where inputs have their channels."""
+        return self._axis
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = _checks.eps(value)
+        self._forget()
+
+    @property
+    def momentum(self) -> float | None:
+        """The weight of the new mini-batch in the running statistics; None: the average of all."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum = None if value is None else _checks.momentum(value)
+
+    @property
+    def activation(self) -> Activation:
+        """Applied to y."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, value: Activation) -> None:
+        self._checked_activation = _checks.activation(value)
+        self._activation = value
+        self._forget()
+
+    @property
+    def num_threads(self) -> int | None:
+        """Threads of each call; None: `bn_c.get_num_threads()`."""
+        return self._num_threads
+
+    @num_threads.setter
+    def num_threads(self, value: int | None) -> None:
+        self._num_threads = None if value is None else _checks.num_threads(value)
+        self._forget()
+
+    @property
+    def num_batches_tracked(self) -> int:
+        """Mini-batches seen in training mode."""
+        return self._num_batches_tracked
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: int) -> None:
+        count = _checks.integer("num_batches_tracked", value)
+        if count < 0:
+            raise ValueError(f"num_batches_tracked: expected an integer >= 0, got {count}")
+        self._num_batches_tracked = count
+
+    @property
+    def training(self) -> bool:
+        """Whether calls use, and learn from, the statistics of their mini-batch."""
+        return self._training
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self._training = _checks.flag("training", value)
+        self._forget()
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Training mode, or inference mode if `mode` is False. Returns the layer."""
+        self.training = mode
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Inference mode. Returns the layer."""
+        return self.train(False)
+
+    def _forget(self) -> None:
+        self._ready = None
+
+    def _forward(self, x: Any, residual: Any, dtype: Any, out: Any) -> NDArray[Any]:
+        """Any call that is not just x and out with statistics already folded."""
+        x = _checks.array("x", x)
+        options = (
+            self._checked_activation,
+            self._axis,
+            _checks.optional_array("residual", residual),
+            _checks.out_dtype(dtype),
+            _checks.optional_array("out", out),
+            _threads.resolve(self._num_threads),
+        )
+        if self._training or "running_mean" not in self._arrays:
+            y = self._normalize_batch(x, options)
+        else:
+            if self._ready is None:
+                folded = self._parameters().fold(self.running_mean, self.running_var, self._eps)
+                self._use(folded, self._checked_activation, self._axis, self._num_threads or 0)
+            y = _core.normalize(x, self._ready, *options)
+        return y if out is None else out
+
+    def _parameters(self) -> _core.Folded:
+        return _core.Folded(self._num_features, self.gamma, self.beta)
+
+    def _normalize_batch(self, x: NDArray[Any], options: tuple[Any, ...]) -> NDArray[Any]:
+        if self._training and not self._allow_single_value:
+            channels = _checks.channels(x, self._axis)
+            if channels and x.size == channels:
+                raise ValueError(
+                    f"x: expected more than one value per channel in training mode, got shape "
+                    f"{_checks.shape(x.shape)}; allow_single_value=True takes it"
+                )
+        folded = self._parameters()
+        y = _core.normalize_batch(x, folded, self._eps, *options)
+        if self._training and "running_mean" in self._arrays:
+            self._track(BatchStats.of(*folded.statistics()))
+        return y
+
+    def _track(self, batch: BatchStats) -> None:
+        seen = self._num_batches_tracked + 1
+        weight = 1 / seen if self._momentum is None else self._momentum
+        running_mean, running_var = self._arrays["running_mean"], self._arrays["running_var"]
+        update = {"running_mean": (1 - weight) * running_mean.astype(np.float64) + weight * batch.mean}
+        if batch.count > 1:
+            var = batch.unbiased_var if self._unbiased_running_var else batch.var
+            update["running_var"] = (1 - weight) * running_var.astype(np.float64) + weight * var
+        self._assign(update)
+        self._num_batches_tracked = seen
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Copies of the parameters and running statistics, under PyTorch's keys."""
+        state: dict[str, NDArray[Any]] = {
+            key: self._arrays[name].copy() for key, name in TORCH_KEYS.items() if name in self._arrays
+        }
+        if "running_mean" in self._arrays:
+            state[COUNTER] = np.array(self._num_batches_tracked, np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], prefix: str = "") -> None:
+        """Takes parameters and running statistics from a dict with PyTorch's keys, each after `prefix`.
+
+        Other keys, and a missing num_batches_tracked, are ignored. Values may be arrays, lists or CPU tensors.
+        Raises TypeError or ValueError, and changes nothing, if a key is missing or a value does not fit.
+        """
+        values = {}
+        for key, name in TORCH_KEYS.items():
+            if name in self._arrays:
+                if prefix + key not in state:
+                    raise ValueError(f"state: expected a key {prefix + key!r}, got {_checks.names(state)}")
+                values[name] = state[prefix + key]
+        count = state.get(prefix + COUNTER, self._num_batches_tracked)
+        before = self._num_batches_tracked
+        self.num_batches_tracked = int(np.asarray(count)) if np.ndim(count) == 0 else count
+        try:
+            self._assign(values)
+        except Exception:
+            self._num_batches_tracked = before
+            raise
+
+    @classmethod
+    def from_torch(cls, state: Mapping[str, Any], prefix: str = "", **options: Any) -> BatchNorm:
+        """The layer of a PyTorch state dict.
+
+        Parameters
+        ----------
+        state : mapping
+            A state dict, also of a whole model; arrays, lists or CPU tensors.
+        prefix : str
+            What the layer's keys begin with, such as "layer1.0.bn1.".
+        options
+            As in the constructor: `eps`, which is not in a state dict, `momentum`, `axis`, `activation` ...
+        """
+        found = {name: state[prefix + key] for key, name in TORCH_KEYS.items() if prefix + key in state}
+        if not found:
+            raise ValueError(f"state: expected keys such as {prefix + 'running_mean'!r}, got {_checks.names(state)}")
+        defaults = {"affine": "gamma" in found, "track_running_stats": "running_mean" in found}
+        layer = cls(len(next(iter(found.values()))), **{**defaults, **options})
+        layer.load_state_dict(state, prefix)
+        return layer
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, axis={self.axis}, "
+            f"affine={'gamma' in self._arrays}, track_running_stats={'running_mean' in self._arrays}, "
+            f"activation={self.activation!r}, training={self.training})"
+        )

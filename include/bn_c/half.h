@@ -1,0 +1,97 @@
+/* Rows of half-precision numbers (IEEE 754 binary16) to and from float, rounding to nearest even.
+ *
+ * Three ways with the same results (NaN payloads aside): F16C and NEON convert in hardware; the
+ * plain version is exact integer arithmetic without branches, so that compilers vectorise it.
+ */
+#ifndef BN_C_HALF_H
+#define BN_C_HALF_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+static inline float bn_float_from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t bn_bits_from_float(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float bn_float_from_half(uint16_t half)
+{
+    const int32_t magnitude = half & 0x7fff;
+    /* 112 = 127 - 15: the difference of the exponent biases; twice for infinity and NaN. */
+    const int32_t normal = (magnitude << 13) + (112 << 23);
+    const int32_t special = (magnitude << 13) + (224 << 23) + (magnitude > 0x7c00 ? 1 << 22 : 0);
+    const int32_t subnormal = (int32_t)bn_bits_from_float((float)magnitude * 0x1p-24f);
+    int32_t bits = magnitude < 0x0400 ? subnormal : normal;
+    bits = magnitude < 0x7c00 ? bits : special;
+    return bn_float_from_bits((uint32_t)bits | (uint32_t)(half & 0x8000) << 16);
+}
+
+static inline uint16_t bn_half_from_float(float value)
+{
+    const uint32_t bits = bn_bits_from_float(value);
+    const int32_t magnitude = (int32_t)(bits & 0x7fffffff);
+    /* 0xfff plus the last kept bit, then cut: to nearest, ties to even. Carries overflow to infinity. */
+    const int32_t normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    /* Added to 0.5, whose last bit is worth 2^-24, a magnitude below 2^-14 is rounded by the adder. */
+    const int32_t small = magnitude < 0x38800000 ? magnitude : 0;
+    const int32_t subnormal =
+        (int32_t)bn_bits_from_float(bn_float_from_bits((uint32_t)small) + 0.5f) - 0x3f000000;
+    const int32_t special = magnitude > 0x7f800000 ? 0x7e00 | ((magnitude >> 13) & 0x1ff) : 0x7c00;
+    int32_t half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude < 0x47800000 ? half : special;
+    return (uint16_t)((uint32_t)half | (bits >> 16 & 0x8000));
+}
+
+static inline void bn_floats_from_halves(const uint16_t *halves, float *floats, ptrdiff_t n)
+{
+    ptrdiff_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(floats + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(floats + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + i))));
+#elif defined(__aarch64__)
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(floats + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + i))));
+#endif
+    for (; i < n; i++)
+        floats[i] = bn_float_from_half(halves[i]);
+}
+
+static inline void bn_halves_from_floats(const float *floats, uint16_t *halves, ptrdiff_t n)
+{
+    ptrdiff_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i *)(halves + i),
+                            _mm512_cvtps_ph(_mm512_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(halves + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    for (; i + 4 <= n; i += 4)
+        vst1_u16(halves + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(floats + i))));
+#endif
+    for (; i < n; i++)
+        halves[i] = bn_half_from_float(floats[i]);
+}
+
+#endif

@@ -1,0 +1,50 @@
+/* Stores that go to memory without reading the line first and without staying in the caches. */
+#ifndef BN_C_STREAM_H
+#define BN_C_STREAM_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+enum { BN_LINE = 64 };
+
+/* memcpy in whole cache lines; a first or last line that is written in part is stored normally.
+ * Elsewhere than on x86 this is memcpy: the write-streaming detection of ARM cores does the same. */
+static inline void bn_stream(char *to, const char *from, size_t bytes)
+{
+#if defined(__SSE2__)
+    size_t head = (size_t)(-(uintptr_t)to & (BN_LINE - 1));
+    if (head > bytes)
+        head = bytes;
+    memcpy(to, from, head);
+    to += head;
+    from += head;
+    bytes -= head;
+    for (; bytes >= BN_LINE; to += BN_LINE, from += BN_LINE, bytes -= BN_LINE) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512((const void *)from));
+#elif defined(__AVX__)
+        _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+        _mm256_stream_si256((__m256i *)(to + 32), _mm256_loadu_si256((const __m256i *)(from + 32)));
+#else
+        for (int i = 0; i < BN_LINE; i += 16)
+            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+#endif
+    }
+#endif
+    memcpy(to, from, bytes);
+}
+
+/* Streamed stores are weakly ordered: other threads see them after this. */
+static inline void bn_stream_end(void)
+{
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+#endif

@@ -1,0 +1,60 @@
+"""The kernels are one source, compiled once per instruction set; everything else is in pyproject.toml."""
+
+import sys
+import sysconfig
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+# Each instruction set and the compiler flags that only its own kernel module may see, baseline first.
+ISAS = {
+    "x86_64": {
+        "x86_64": [],
+        "x86_64_v3": ["-march=x86-64-v3"],
+        "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    },
+    "aarch64": {"aarch64": []},
+}
+# Contraction would round differently where the CPU has FMA; errno and traps, which nothing here reads,
+# keep loops from being vectorised. None of the three changes a result.
+FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "initializedcheck": False,
+    "cdivision": True,
+    "freethreading_compatible": True,
+}
+
+machine = sysconfig.get_platform().rsplit("-", 1)[-1].replace("arm64", "aarch64")
+limited = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+def extension(module: str, source: str, flags: list[str], **options: bool) -> Extension:
+    """One module, with C of its own so that sources compiled several times do not meet."""
+    return cythonize(
+        Extension(
+            f"bn_c.{module}",
+            [f"bn_c/{source}.pyx"],
+            include_dirs=["include"],
+            depends=["bn_c/_layout.pxd", f"bn_c/{source}.pyx", "include/bn_c/half.h", "include/bn_c/stream.h"],
+            extra_compile_args=["-g0", *FLAGS, *flags],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if limited else [],
+            py_limited_api=limited,
+            **options,
+        ),
+        build_dir=f"build/{module}",
+        compiler_directives=DIRECTIVES,
+    )[0]
+
+
+isas = ISAS.get(machine, {"generic": []})
+setup(
+    ext_modules=[
+        extension("_core", "_core", []),
+        # A compiler too old for a set leaves it out; `bn_c.supported_isas()` then does not list it.
+        *(extension(f"_kernels_{isa}", "_kernels", flags, optional=bool(flags)) for isa, flags in isas.items()),
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {},
+)
