@@ -56,5 +56,5 @@ setup(
         # A compiler too old for a set leaves it out; `bn_c.supported_isas()` then does not list it.
         *(extension(f"_kernels_{isa}", "_kernels", flags, optional=bool(flags)) for isa, flags in isas.items()),
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {},
+    options={"sdist": {"template": ".manifest"}} | ({"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {}),
 )

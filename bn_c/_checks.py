@@ -75,7 +75,7 @@ def wrong_dtype(name: str, value: NDArray[Any], integers: bool) -> Exception:
 def share_memory(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two arrays have a byte in common; True also where that is too hard to say."""
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # the stub knows 0 and -1 only
     except RuntimeError:  # numpy.exceptions.TooHardError, which older NumPy keeps elsewhere
         return True
 
@@ -141,7 +141,7 @@ def channels(x: NDArray[Any], at: int) -> int:
     if not -x.ndim <= at < x.ndim:
         hint = ": a rank-1 x is one sample, pass axis=0 or -1" if x.ndim == 1 else ""
         raise ValueError(f"axis: expected {-x.ndim} to {x.ndim - 1} for x of shape {shape(x.shape)}, got {at}{hint}")
-    return x.shape[at]
+    return int(x.shape[at])
 
 
 def vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]]:
@@ -152,7 +152,8 @@ def vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]]:
         result = np.asarray(value)
     except Exception as error:
         raise TypeError(f"{name}: expected {channels} real numbers, got {kind(value)} ({error})") from error
-    if result.dtype.kind != "f" and not (isinstance(value, (list, tuple)) and (result.dtype.kind in "iu" or not result.size)):
+    integers = result.dtype.kind in "iu" and isinstance(value, (list, tuple))
+    if result.dtype.kind != "f" and not integers:
         raise TypeError(f"{name}: expected real floating-point numbers, got {kind(value)} of {result.dtype}")
     if result.shape != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), one value per channel, got {shape(result.shape)}")
@@ -169,7 +170,7 @@ def out_dtype(value: Any) -> np.dtype[Any] | None:
     if value is None:
         return None
     try:
-        result = np.dtype(value)
+        result: np.dtype[Any] = np.dtype(value)
     except Exception as error:
         raise TypeError(f"dtype: expected {FLOAT_DTYPES}, got {value!r:.60}") from error
     if result not in (np.float32, np.float16) or not result.isnative:

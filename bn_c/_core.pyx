@@ -148,7 +148,7 @@ cdef int no_overlap(str name, const Py_buffer *view, array, const Py_buffer *out
 cdef int no_self_overlap(const Py_buffer *view) except -1:
     """Each element of out has a place of its own: every stride spans all dimensions with smaller ones."""
     cdef Py_ssize_t[MAX_NDIM] strides, lengths
-    cdef Py_ssize_t span = view.itemsize, stride, length
+    cdef Py_ssize_t span = view.itemsize, stride
     cdef int n = 0, d, i
     for d in range(view.ndim):
         if view.shape[d] == 1:

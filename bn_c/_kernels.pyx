@@ -26,7 +26,7 @@ from libc.string cimport memcpy
 from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
-    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, UINT8, UINT16,
+    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
     Activation, Coefficients, Job, Kernels, Operand, merge_moments,
 )
 
@@ -48,7 +48,7 @@ ctypedef fused number:
 cdef enum:
     SPAN = 1024         # elements normalised at a time: 4 kB of buffer, the fastest of 256 .. 4096
     PATTERN = 1024      # floats of coefficients repeated for rows of few channels
-    COLUMNS = 64        # columns of a plane: whole registers of every instruction set
+    COLUMNS = 32        # columns of a plane: whole registers of every instruction set, enough to hide latency
     WIDEST = 256        # columns of a block of rows: at least 16 rows of them fit a block
     BLOCK = 4096        # elements of a block of statistics: 16 kB, half of the smallest L1
 
@@ -57,7 +57,9 @@ cdef float NOT_A_NUMBER = float("nan")
 
 # ---- loading and storing: any type and strides, to and from a buffer of floats ----------------------
 
-cdef inline bint is_float_run(const Operand *operand, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+cdef inline bint is_float_run(
+    const Operand *operand, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
+) noexcept nogil:
     """Whether rows x columns elements are floats one after the other."""
     return operand.type == FLOAT32 and (columns == 1 or stride == 4) and (rows == 1 or operand.inner == columns * 4)
 
@@ -104,7 +106,9 @@ cdef void load_row(int type, const char *source, Py_ssize_t stride, float *to, P
         load_numbers(<const int16_t *> source, stride, to, n)
 
 
-cdef void load(const Operand *operand, const char *source, Py_ssize_t stride, float *to, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+cdef void load(
+    const Operand *operand, const char *source, Py_ssize_t stride, float *to, Py_ssize_t rows, Py_ssize_t columns,
+) noexcept nogil:
     cdef Py_ssize_t row
     if operand.inner == columns * stride:
         load_row(operand.type, source, stride, to, rows * columns)
@@ -135,7 +139,9 @@ cdef void store_row(const Job *job, const float *source, char *to, Py_ssize_t st
                 (<uint16_t *> (to + i * stride))[0] = halves[i]
 
 
-cdef void store(const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+cdef void store(
+    const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
+) noexcept nogil:
     cdef Py_ssize_t row
     if job.out.inner == columns * stride:
         store_row(job, source, to, stride, rows * columns)
@@ -318,14 +324,14 @@ cdef inline Py_ssize_t rows_per_pattern(const Job *job) noexcept nogil:
 cdef void normalize_rows(const Job *job, const char *x, const char *residual, char *out) noexcept nogil:
     cdef float[PATTERN] center, scale, shift
     cdef const Coefficients *k = &job.coefficients
-    cdef Py_ssize_t at = 0, rows = rows_per_pattern(job), row = 0, c
+    cdef Py_ssize_t at = 0, rows = rows_per_pattern(job), row = 0, _row, c
     if rows == 1:
         for row in range(job.inner):
             normalize_span(
                 job, x + row * job.x.inner, residual + row * job.residual.inner if residual != NULL else NULL,
                 out + row * job.out.inner, 1, job.channels, k.center, k.scale, k.shift, 0, 1)
         return
-    for row in range(rows):
+    for _row in range(rows):
         for c in range(job.channels):
             center[at] = k.center[c]
             scale[at] = k.scale[c]
@@ -394,7 +400,7 @@ cdef bint column_squares(
     cdef const float *b
     cdef float d0, d1, d2, d3
     cdef double off
-    cdef int unsafe = 0, outside
+    cdef int unsafe = 0
     for c in range(columns):
         center[c] = <float> mean[c]
         m2[c] = 0
@@ -413,13 +419,14 @@ cdef bint column_squares(
             d0 = a[c] - center[c]
             m2[c] += <double> (d0 * d0)
     for c in range(columns):
-        # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; NaN is neither.
-        outside = not (m2[c] >= 1e-30 and m2[c] <= 1e37)
-        unsafe |= outside
         off = mean[c] - center[c]
         off = m2[c] - rows * (off * off)
-        off = 0 if off < 0 else off
-        m2[c] = NOT_A_NUMBER if outside else off
+        off = off if off > 0 else 0
+        # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; NaN is neither.
+        off = off if m2[c] >= 1e-30 else NOT_A_NUMBER
+        m2[c] = off if m2[c] <= 1e37 else NOT_A_NUMBER
+    for c in range(columns):
+        unsafe |= m2[c] != m2[c]
     return not unsafe
 
 
@@ -552,7 +559,7 @@ cdef void row_moments(const Job *job, double *mean, double *m2) noexcept nogil:
     cdef Py_ssize_t channels = job.channels, position, row, some, c
     cdef Py_ssize_t per_row = max(<Py_ssize_t> 1, COLUMNS // channels) if job.inner >= COLUMNS else 1
     cdef Py_ssize_t columns = per_row * channels
-    cdef Py_ssize_t most = max(<Py_ssize_t> 16, min(<Py_ssize_t> 64, BLOCK // columns))
+    cdef Py_ssize_t most = max(<Py_ssize_t> 16, min(<Py_ssize_t> 128, BLOCK // columns))
     cdef Py_ssize_t n = 0, tail = 0
     cdef double *main_mean = &column_mean[0] if per_row > 1 else mean
     cdef double *main_m2 = &column_m2[0] if per_row > 1 else m2

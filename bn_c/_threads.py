@@ -16,7 +16,7 @@ def get_num_threads() -> int:
 
 def set_num_threads(num_threads: int) -> None:
     """Sets what `get_num_threads` returns, for the whole process. Raises TypeError, ValueError below 1."""
-    global _default  # noqa: PLW0603
+    global _default
     _default = _checks.num_threads(num_threads)
 
 

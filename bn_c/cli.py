@@ -27,7 +27,9 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", _demo, "a small network on handwritten digits, before and after its sensor drifts", "bn-c demo"),
         ("info", _info, "version, instruction sets, threads, NumPy and Python", "BN_C_MAX_ISA=x86_64 bn-c info"),
     ):
-        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".", epilog=f"example: {example}")
+        command = commands.add_parser(
+            name, help=summary, description=summary.capitalize() + ".", epilog=f"example: {example}"
+        )
         command.set_defaults(run=run)
     return parser
 

@@ -1,4 +1,4 @@
-"""What batch normalization is, in NumPy: the documentation of every function here and the oracle of its tests."""
+"""What batch normalization is, in NumPy: the documentation of every function and the oracle of the tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def statistics(x: NDArray[Any], axis: int = 1) -> tuple[NDArray[Any], NDArray[An
 def normalized(
     x: NDArray[Any], mean: Any, var: Any, gamma: Any = 1.0, beta: Any = 0.0, eps: float = 1e-5, axis: int = 1
 ) -> NDArray[Any]:
-    """y = gamma * (x - mean) / sqrt(var + eps) + beta, computed in the precision of x: pass float64 to compare with."""
+    """The y of given statistics, computed in the precision of x: float64 to compare with."""
     channels_last = x.swapaxes(axis, -1)
     y: NDArray[Any] = (channels_last - mean) / (var + eps) ** 0.5 * gamma + beta
     return y.swapaxes(axis, -1)

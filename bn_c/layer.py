@@ -23,7 +23,7 @@ class _PerChannel:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, layer: BatchNorm, owner: type) -> Floats | None:
+    def __get__(self, layer: BatchNorm, owner: type) -> Any:
         return layer._arrays.get(self.name)
 
     def __set__(self, layer: BatchNorm, value: ArrayLike) -> None:
@@ -226,10 +226,11 @@ class BatchNorm(_core.Layer):
         if self._training or "running_mean" not in self._arrays:
             y = self._normalize_batch(x, options)
         else:
-            if self._ready is None:
+            folded = self._ready
+            if folded is None:
                 folded = self._parameters().fold(self.running_mean, self.running_var, self._eps)
                 self._use(folded, self._checked_activation, self._axis, self._num_threads or 0)
-            y = _core.normalize(x, self._ready, *options)
+            y = _core.normalize(x, folded, *options)
         return y if out is None else out
 
     def _parameters(self) -> _core.Folded:
@@ -311,9 +312,33 @@ class BatchNorm(_core.Layer):
         layer.load_state_dict(state, prefix)
         return layer
 
+    def _options(self) -> dict[str, Any]:
+        """What the constructor was given, with what has been assigned since."""
+        return {
+            "eps": self.eps,
+            "momentum": self.momentum,
+            "axis": self.axis,
+            "affine": "gamma" in self._arrays,
+            "track_running_stats": "running_mean" in self._arrays,
+            "unbiased_running_var": self._unbiased_running_var,
+            "activation": self.activation,
+            "allow_single_value": self._allow_single_value,
+            "training": self.training,
+            "num_threads": self.num_threads,
+        }
+
     def __repr__(self) -> str:
-        return (
-            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, axis={self.axis}, "
-            f"affine={'gamma' in self._arrays}, track_running_stats={'running_mean' in self._arrays}, "
-            f"activation={self.activation!r}, training={self.training})"
-        )
+        return f"BatchNorm({self.num_features}, {', '.join(f'{k}={v!r}' for k, v in self._options().items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.num_features, self._options(), self._arrays, self._num_batches_tracked)
+
+
+def _rebuilt(
+    cls: type[BatchNorm], num_features: int, options: dict[str, Any], arrays: dict[str, Floats], batches: int
+) -> BatchNorm:
+    """A layer as it was when it was pickled or copied."""
+    layer = cls(num_features, **options)
+    layer._assign(arrays)
+    layer.num_batches_tracked = batches
+    return layer

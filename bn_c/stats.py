@@ -147,7 +147,9 @@ class BatchStats:
             count, mean, m2 = (values[key] for key in ("count", "mean", "m2"))
             channels = len(mean)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"values: expected count, mean and m2 as to_dict() gives them, got {values!r:.60}") from error
+            raise ValueError(
+                f"values: expected count, mean and m2 as to_dict() gives them, got {values!r:.60}"
+            ) from error
         count = _checks.integer("count", count)
         if count < 0:
             raise ValueError(f"count: expected an integer >= 0, got {count}")

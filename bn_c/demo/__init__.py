@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from bn_c import BatchNorm, batch_norm, batch_norm_inference, batch_stats
+from bn_c import BatchNorm, batch_norm, batch_norm_inference, batch_stats, definition
 
 __all__ = ["Network", "main"]
 
@@ -40,23 +40,20 @@ def batch_statistics(layer: BatchNorm, x: Array) -> Array:
 
 def numpy_running(layer: BatchNorm, x: Array) -> Array:
     """Normalize with the stored statistics in plain NumPy."""
-    gamma, beta = _per_channel(layer.gamma), _per_channel(layer.beta)
-    mean, var = _per_channel(layer.running_mean), _per_channel(layer.running_var)
-    y: Array = gamma * (x - mean) / np.sqrt(var + np.float32(layer.eps)) + beta
-    return np.maximum(y, 0, out=y)
+    return _relu(_plain(layer, x, layer.running_mean, layer.running_var))
 
 
 def numpy_batch(layer: BatchNorm, x: Array) -> Array:
     """Normalize with the statistics of ``x`` in plain NumPy."""
-    gamma, beta = _per_channel(layer.gamma), _per_channel(layer.beta)
-    mean = x.mean(axis=(0, 2, 3), keepdims=True)
-    var = x.var(axis=(0, 2, 3), keepdims=True)
-    y: Array = gamma * (x - mean) / np.sqrt(var + np.float32(layer.eps)) + beta
+    return _relu(_plain(layer, x, *definition.statistics(x)))
+
+
+def _plain(layer: BatchNorm, x: Array, mean: Array, var: Array) -> Array:
+    return definition.normalized(x, mean, var, layer.gamma, layer.beta, layer.eps)
+
+
+def _relu(y: Array) -> Array:
     return np.maximum(y, 0, out=y)
-
-
-def _per_channel(values: Any) -> Array:
-    return np.asarray(values, np.float32).reshape(1, -1, 1, 1)
 
 
 class Network:
@@ -67,9 +64,7 @@ class Network:
 
     def __init__(self, state: Mapping[str, NDArray[Any]]) -> None:
         self.convs = [state[f"conv{i}.weight"] for i in (1, 2, 3)]
-        self.norms = [
-            BatchNorm.from_torch(state, prefix=f"bn{i}.", activation="relu") for i in (1, 2, 3)
-        ]
+        self.norms = [BatchNorm.from_torch(state, prefix=f"bn{i}.", activation="relu") for i in (1, 2, 3)]
         self.fc_weight, self.fc_bias = state["fc.weight"], state["fc.bias"]
 
     def __call__(self, images: Array, normalize: Normalize = running_statistics) -> Array:
@@ -123,9 +118,7 @@ def _norm_inputs(network: Network, images: Array, normalize: Normalize) -> list[
     return inputs
 
 
-def _print_accuracy(
-    network: Network, clean: Array, drifted: Array, labels: NDArray[np.uint8]
-) -> None:
+def _print_accuracy(network: Network, clean: Array, drifted: Array, labels: NDArray[np.uint8]) -> None:
     print(f"\nAccuracy on {len(labels)} images, taken as one mini-batch")
     print(f"{'':34}{'running statistics':>20}{'batch statistics':>20}")
     sensors = {
