@@ -11,7 +11,7 @@ ISAS = {
     "x86_64": {
         "x86_64": [],
         "x86_64_v3": ["-march=x86-64-v3"],
-        "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+        "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=256"],
     },
     "aarch64": {"aarch64": []},
 }

@@ -46,8 +46,10 @@ ctypedef fused number:
     int16_t
 
 cdef enum:
-    SPAN = 1024         # elements normalised at a time: 4 kB of buffer, the fastest of 256 .. 4096
-    PATTERN = 1024      # floats of coefficients repeated for rows of few channels
+    CHUNK = 512         # elements that pass through a buffer at a time: the best of 64 .. 1024
+    LINE = 16           # floats of a cache line
+    PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
+    SHORT = 256         # elements of a plane below which several are normalised at once
     COLUMNS = 32        # columns of a plane: whole registers of every instruction set, enough to hide latency
     WIDEST = 256        # columns of a block of rows: at least 16 rows of them fit a block
     BLOCK = 4096        # elements of a block of statistics: 16 kB, half of the smallest L1
@@ -64,6 +66,11 @@ cdef inline bint is_float_run(
     return operand.type == FLOAT32 and (columns == 1 or stride == 4) and (rows == 1 or operand.inner == columns * 4)
 
 
+cdef inline float *whole_lines(float *storage) noexcept nogil:
+    """Where the first cache line of a buffer, longer by LINE, begins: stores that straddle lines are slow."""
+    return storage + (-<size_t> storage % 64) // 4
+
+
 cdef inline void load_numbers(const number *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     cdef const char *at = <const char *> source
@@ -76,13 +83,13 @@ cdef inline void load_numbers(const number *source, Py_ssize_t stride, float *to
 
 
 cdef inline void load_halves(const char *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
-    cdef uint16_t[SPAN] halves
+    cdef uint16_t[CHUNK] halves
     cdef Py_ssize_t i, some
     if stride == 2:
         bn_floats_from_halves(<const uint16_t *> source, to, n)
         return
     while n > 0:
-        some = min(<Py_ssize_t> SPAN, n)
+        some = min(<Py_ssize_t> CHUNK, n)
         for i in range(some):
             halves[i] = (<const uint16_t *> (source + i * stride))[0]
         bn_floats_from_halves(halves, to, some)
@@ -118,7 +125,7 @@ cdef void load(
 
 
 cdef void store_row(const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
-    cdef uint16_t[SPAN] halves
+    cdef uint16_t[CHUNK] halves
     cdef Py_ssize_t i
     if job.out.type == FLOAT32:
         if stride != 4:
@@ -195,7 +202,7 @@ cdef inline void normalize_activated(
         normalize_floats(x, residual, y, n, center, scale, shift, step, HARD_SWISH, activation)
 
 
-cdef inline void normalize_run(
+cdef inline void normalize_located(
     const float *x, const float *residual, float *y, Py_ssize_t n,
     const float *center, const float *scale, const float *shift, int step,
     const Activation *activation,
@@ -215,14 +222,14 @@ cdef void normalize_plane(
     const float *x, const float *residual, float *y, Py_ssize_t n,
     const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
-    normalize_run(x, residual, y, n, center, scale, shift, 0, activation)
+    normalize_located(x, residual, y, n, center, scale, shift, 0, activation)
 
 
 cdef void normalize_channels(
     const float *x, const float *residual, float *y, Py_ssize_t n,
     const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
-    normalize_run(x, residual, y, n, center, scale, shift, 1, activation)
+    normalize_located(x, residual, y, n, center, scale, shift, 1, activation)
 
 
 cdef void normalize_wide(
@@ -243,63 +250,18 @@ cdef void normalize_wide(
         y[i] = activated(t, activation.kind, activation.low, activation.high, activation.slope)
 
 
-cdef void normalize_span(
-    const Job *job, const char *x, const char *residual, char *out, Py_ssize_t rows, Py_ssize_t columns,
-    const float *center, const float *scale, const float *shift, Py_ssize_t first, int step,
-) noexcept nogil:
-    """rows x columns elements; more than SPAN of them only in one row. Their channels begin at `first`."""
-    cdef float[SPAN] buffer, residual_buffer
-    cdef const float *source
-    cdef const float *added = NULL
-    cdef float *y
-    cdef Py_ssize_t done = 0, n, total = columns
-    cdef Py_ssize_t x_stride = job.x.channel if step else job.x.inner
-    cdef Py_ssize_t out_stride = job.out.channel if step else job.out.inner
-    cdef Py_ssize_t residual_stride = job.residual.channel if step else job.residual.inner
-    cdef bint x_is_run = is_float_run(&job.x, x_stride, rows, columns)
-    cdef bint out_is_run = not job.stream and is_float_run(&job.out, out_stride, rows, columns)
-    cdef bint residual_is_run = residual == NULL or is_float_run(&job.residual, residual_stride, rows, columns)
-    cdef bint all_runs = x_is_run and out_is_run and residual_is_run
-    # Loading x into its place in out would overwrite a residual that is out itself.
-    cdef bint into_out = out_is_run and (x_is_run or residual != out)
+cdef struct Place:
+    # Where in its arrays a job is.
+    const char *x
+    const char *residual            # NULL: absent
+    char *out
 
-    while done < total:
-        n = total - done
-        if rows > 1:
-            n = columns
-        elif not all_runs and n > SPAN:
-            # The first span ends where a cache line of out does, if there is one to align to.
-            n = SPAN - (((<size_t> out) % 64) // 4 if done == 0 else 0)
-        y = <float *> out if into_out else buffer
-        if x_is_run:
-            source = <const float *> x
-        else:
-            load(&job.x, x, x_stride, y, rows, n)
-            source = y
-        if residual != NULL:
-            if residual_is_run:
-                added = <const float *> residual
-            else:
-                load(&job.residual, residual, residual_stride, residual_buffer, rows, n)
-                added = residual_buffer
-        if job.coefficients.wide:
-            normalize_wide(source, added, y, n, &job.coefficients, first, step, &job.activation)
-        elif step:
-            normalize_channels(source, added, y, rows * n, center, scale, shift, &job.activation)
-        else:
-            normalize_plane(source, added, y, n, center, scale, shift, &job.activation)
-        if not into_out:
-            store(job, y, out, out_stride, rows, n)
-        done += n
-        x += n * x_stride
-        out += n * out_stride
-        if residual != NULL:
-            residual += n * residual_stride
-        if step:
-            first += n
-            center += n
-            scale += n
-            shift += n
+
+cdef inline void move(Place *at, Py_ssize_t x, Py_ssize_t residual, Py_ssize_t out) noexcept nogil:
+    at.x += x
+    at.out += out
+    if at.residual != NULL:
+        at.residual += residual
 
 
 cdef inline Py_ssize_t outer_offset(const Job *job, const Operand *operand, Py_ssize_t position) noexcept nogil:
@@ -311,58 +273,206 @@ cdef inline Py_ssize_t outer_offset(const Job *job, const Operand *operand, Py_s
     return offset + position * operand.outer[0]
 
 
-cdef inline Py_ssize_t rows_per_pattern(const Job *job) noexcept nogil:
-    """How many rows of few channels are done at once: the fewest that fill whole registers, several times."""
-    cdef Py_ssize_t rows = 16
-    if job.channels * 16 > PATTERN or job.inner < 4 or job.coefficients.wide:
-        return 1
-    while rows * job.channels * 2 <= PATTERN // 2:
-        rows *= 2
-    return min(rows, job.inner)
+cdef Place outer_place(const Job *job, Py_ssize_t position) noexcept nogil:
+    cdef Place at
+    at.x = job.x.data + outer_offset(job, &job.x, position)
+    at.out = job.out.data + outer_offset(job, &job.out, position)
+    at.residual = NULL
+    if job.residual.data != NULL:
+        at.residual = job.residual.data + outer_offset(job, &job.residual, position)
+    return at
 
 
-cdef void normalize_rows(const Job *job, const char *x, const char *residual, char *out) noexcept nogil:
-    cdef float[PATTERN] center, scale, shift
+cdef struct Walk:
+    # How the elements of a job follow each other in its innermost loop.
+    Py_ssize_t x
+    Py_ssize_t residual
+    Py_ssize_t out
+    bint x_is_run                   # floats, one after the other
+    bint residual_is_run
+    bint out_is_run
+    bint direct                     # all are, and out is written where it is
+    int step                        # 1: the loop runs over channels, 0: it stays in one
+
+
+cdef inline bint is_run(const Operand *operand, Py_ssize_t stride) noexcept nogil:
+    return operand.type == FLOAT32 and stride == 4
+
+
+cdef Walk walk_of(const Job *job, int step) noexcept nogil:
+    cdef Walk walk
+    walk.step = step
+    walk.x = job.x.channel if step else job.x.inner
+    walk.residual = job.residual.channel if step else job.residual.inner
+    walk.out = job.out.channel if step else job.out.inner
+    walk.x_is_run = is_run(&job.x, walk.x)
+    walk.residual_is_run = job.residual.data == NULL or is_run(&job.residual, walk.residual)
+    walk.out_is_run = is_run(&job.out, walk.out)
+    walk.direct = walk.x_is_run and walk.residual_is_run and walk.out_is_run and not job.stream
+    return walk
+
+
+cdef void normalize_chunk(
+    const Job *job, const Walk *walk, Place at, Py_ssize_t rows, Py_ssize_t columns,
+    const float *center, const float *scale, const float *shift, Py_ssize_t first,
+) noexcept nogil:
+    """rows x columns elements: any number in a direct walk of one row, else CHUNK. Their channels begin at `first`."""
+    cdef float[CHUNK + LINE] storage, residual_storage
+    cdef float *buffer = whole_lines(storage)
+    cdef float *residual_buffer = whole_lines(residual_storage)
+    cdef Py_ssize_t n = rows * columns
+    cdef bint x_is_run = walk.x_is_run and rows == 1
+    # Loading x into its place in out would overwrite a residual that is out itself.
+    cdef bint into_out = walk.out_is_run and rows == 1 and not job.stream and (x_is_run or at.residual != at.out)
+    cdef float *y = <float *> at.out if into_out else buffer
+    cdef const float *source = <const float *> at.x
+    cdef const float *added = <const float *> at.residual
+    if not x_is_run:
+        load(&job.x, at.x, walk.x, y, rows, columns)
+        source = y
+    if at.residual != NULL and not (walk.residual_is_run and rows == 1):
+        load(&job.residual, at.residual, walk.residual, residual_buffer, rows, columns)
+        added = residual_buffer
+    if job.coefficients.wide:
+        normalize_wide(source, added, y, columns, &job.coefficients, first, walk.step, &job.activation)
+    elif walk.step:
+        normalize_channels(source, added, y, n, center, scale, shift, &job.activation)
+    else:
+        normalize_plane(source, added, y, n, center, scale, shift, &job.activation)
+    if not into_out:
+        store(job, y, at.out, walk.out, rows, columns)
+
+
+cdef void normalize_run(
+    const Job *job, const Walk *walk, Place at, Py_ssize_t total,
+    const float *center, const float *scale, const float *shift, Py_ssize_t period, Py_ssize_t first,
+) noexcept nogil:
+    """Elements one stride from each other. Where their coefficients repeat, after `period`, they are there twice."""
+    cdef Py_ssize_t most = period if walk.direct else min(<Py_ssize_t> CHUNK, period)
+    cdef Py_ssize_t phase = 0, n = most
+    if job.stream and walk.out > 0:
+        # The first chunk ends where a cache line of out does, and so do all, most being whole lines.
+        n = most - <Py_ssize_t> (<size_t> at.out % 64 // <size_t> walk.out) % most
+    while total > 0:
+        n = min(n, total)
+        normalize_chunk(job, walk, at, 1, n, center + phase, scale + phase, shift + phase, first + phase)
+        move(&at, n * walk.x, n * walk.residual, n * walk.out)
+        total -= n
+        if walk.step:
+            phase += n
+            if phase >= period:
+                phase -= period
+        n = most
+
+
+cdef inline bint rows_join(const Operand *operand, Py_ssize_t channels) noexcept nogil:
+    """Whether each row of channels begins where the one before ends."""
+    return operand.data == NULL or operand.inner == channels * operand.channel
+
+
+cdef inline bint planes_join(const Operand *operand, Py_ssize_t inner) noexcept nogil:
+    return operand.data == NULL or operand.channel == inner * operand.inner
+
+
+cdef Py_ssize_t pattern_rows(Py_ssize_t channels) noexcept nogil:
+    """How many rows of few channels make a pattern, in whole lines if it can be; 0 if not even one does."""
+    cdef Py_ssize_t whole = 16
+    while whole > 1 and channels * (whole // 2) % 16 == 0:
+        whole //= 2
+    if whole * channels <= PATTERN:
+        return PATTERN // (whole * channels) * whole
+    return PATTERN // channels
+
+
+cdef struct Pattern:
+    # Coefficients of the elements of a run, longer than its channels.
+    float[2 * PATTERN] center
+    float[2 * PATTERN] scale
+    float[2 * PATTERN] shift
+    Py_ssize_t n
+
+
+cdef void repeat(Pattern *pattern, const Coefficients *k, Py_ssize_t first, Py_ssize_t channels, Py_ssize_t times) noexcept nogil:
+    """Appends each channel's coefficients that many times."""
+    cdef Py_ssize_t c, _i
+    for c in range(first, first + channels):
+        for _i in range(times):
+            pattern.center[pattern.n] = k.center[c]
+            pattern.scale[pattern.n] = k.scale[c]
+            pattern.shift[pattern.n] = k.shift[c]
+            pattern.n += 1
+
+
+cdef void normalize_rows(const Job *job) noexcept nogil:
+    """Channels last. The coefficients of few channels are repeated, for loops that are longer than a row."""
+    cdef Pattern pattern
     cdef const Coefficients *k = &job.coefficients
-    cdef Py_ssize_t at = 0, rows = rows_per_pattern(job), row = 0, _row, c
-    if rows == 1:
-        for row in range(job.inner):
-            normalize_span(
-                job, x + row * job.x.inner, residual + row * job.residual.inner if residual != NULL else NULL,
-                out + row * job.out.inner, 1, job.channels, k.center, k.scale, k.shift, 0, 1)
-        return
-    for _row in range(rows):
+    cdef Walk walk = walk_of(job, 1)
+    cdef Py_ssize_t channels = job.channels, position, row, some, _row
+    cdef Py_ssize_t rows = pattern_rows(channels)
+    cdef bint joined = rows_join(&job.x, channels) and rows_join(&job.out, channels) and rows_join(&job.residual, channels)
+    cdef bint plain = rows == 0 or k.wide or job.inner < 4
+    cdef Place at
+    pattern.n = 0
+    for _row in range(0 if plain else 2 * rows):
+        repeat(&pattern, k, 0, channels, 1)
+    for position in range(job.outer):
+        at = outer_place(job, position)
+        if joined and not plain:
+            normalize_run(
+                job, &walk, at, job.inner * channels, pattern.center, pattern.scale, pattern.shift, rows * channels, 0)
+            continue
+        row = 0
+        while row < job.inner:
+            if plain:
+                some = 1
+                normalize_run(job, &walk, at, channels, k.center, k.scale, k.shift, channels, 0)
+            else:
+                some = min(CHUNK // channels, job.inner - row)
+                normalize_chunk(job, &walk, at, some, channels, pattern.center, pattern.scale, pattern.shift, 0)
+            move(&at, some * job.x.inner, some * job.residual.inner, some * job.out.inner)
+            row += some
+
+
+cdef void normalize_short_planes(const Job *job) noexcept nogil:
+    """Planes that follow each other: several at a time, with the coefficients of each repeated over its plane."""
+    cdef Pattern pattern
+    cdef Walk walk = walk_of(job, 0)
+    cdef Py_ssize_t first = 0, planes, position
+    cdef Place at
+    walk.step = 1
+    while first < job.channels:
+        planes = min(2 * PATTERN // job.inner, job.channels - first)
+        pattern.n = 0
+        repeat(&pattern, &job.coefficients, first, planes, job.inner)
+        for position in range(job.outer):
+            at = outer_place(job, position)
+            move(&at, first * job.x.channel, first * job.residual.channel, first * job.out.channel)
+            normalize_run(job, &walk, at, pattern.n, pattern.center, pattern.scale, pattern.shift, pattern.n, 0)
+        first += planes
+
+
+cdef void normalize_planes(const Job *job) noexcept nogil:
+    cdef const Coefficients *k = &job.coefficients
+    cdef Walk walk = walk_of(job, 0)
+    cdef Py_ssize_t position, c
+    cdef Place at
+    for position in range(job.outer):
+        at = outer_place(job, position)
         for c in range(job.channels):
-            center[at] = k.center[c]
-            scale[at] = k.scale[c]
-            shift[at] = k.shift[c]
-            at += 1
-    row = 0
-    while row < job.inner:
-        normalize_span(
-            job, x + row * job.x.inner, residual + row * job.residual.inner if residual != NULL else NULL,
-            out + row * job.out.inner, min(rows, job.inner - row), job.channels, center, scale, shift, 0, 1)
-        row += rows
+            normalize_run(job, &walk, at, job.inner, k.center + c, k.scale + c, k.shift + c, job.inner, c)
+            move(&at, job.x.channel, job.residual.channel, job.out.channel)
 
 
 cdef void normalize(const Job *job) noexcept nogil:
-    cdef const Coefficients *k = &job.coefficients
-    cdef Py_ssize_t position, c
-    cdef const char *x
-    cdef const char *residual = NULL
-    cdef char *out
-    for position in range(job.outer):
-        x = job.x.data + outer_offset(job, &job.x, position)
-        out = job.out.data + outer_offset(job, &job.out, position)
-        if job.residual.data != NULL:
-            residual = job.residual.data + outer_offset(job, &job.residual, position)
-        if job.channels_last:
-            normalize_rows(job, x, residual, out)
-            continue
-        for c in range(job.channels):
-            normalize_span(
-                job, x + c * job.x.channel, residual + c * job.residual.channel if residual != NULL else NULL,
-                out + c * job.out.channel, 1, job.inner, k.center + c, k.scale + c, k.shift + c, c, 0)
+    cdef bint joined = planes_join(&job.x, job.inner) and planes_join(&job.out, job.inner) \
+        and planes_join(&job.residual, job.inner)
+    if job.channels_last:
+        normalize_rows(job)
+    elif joined and job.inner <= SHORT and job.outer >= 4 and not job.coefficients.wide:
+        normalize_short_planes(job)
+    else:
+        normalize_planes(job)
     if job.stream:
         bn_stream_end()
 

@@ -1,0 +1,44 @@
+"""Fixtures of all tests: every instruction set that this machine runs, and the two modes."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+import bn_c
+from bn_c import _dispatch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes where the CPU is emulated")
+    # A kernel or a conversion that overflows on its way to a right result would warn.
+    config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
+
+
+def pytest_report_header():
+    built = [isa for isa in _dispatch.ISAS if find_spec(f"bn_c._kernels_{isa}")]
+    runs = bn_c.supported_isas()
+    return (
+        f"bn_c: {len(runs)} of {len(built)} instruction sets of this build run on this machine: "
+        f"{', '.join(runs)}; {bn_c.isa} by default"
+    )
+
+
+@pytest.fixture(params=bn_c.supported_isas())
+def isa(request):
+    """Each instruction set in turn."""
+    _dispatch.use(request.param)
+    yield request.param
+    _dispatch.use(bn_c.isa)
+
+
+@pytest.fixture(params=[True, False], ids=["batch", "inference"])
+def batch(request):
+    """Whether the statistics are those of the mini-batch or given ones."""
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    """The same random numbers in every test."""
+    return np.random.default_rng(1502_03167)
