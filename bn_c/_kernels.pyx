@@ -50,7 +50,8 @@ cdef enum:
     LINE = 16           # floats of a cache line
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     SHORT = 256         # elements of a plane below which several are normalised at once
-    COLUMNS = 32        # columns of a plane: whole registers of every instruction set, enough to hide latency
+    COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
+    FOLDED = 64         # columns of rows of few channels
     WIDEST = 256        # columns of a block of rows: at least 16 rows of them fit a block
     BLOCK = 4096        # elements of a block of statistics: 16 kB, half of the smallest L1
 
@@ -59,11 +60,8 @@ cdef float NOT_A_NUMBER = float("nan")
 
 # ---- loading and storing: any type and strides, to and from a buffer of floats ----------------------
 
-cdef inline bint is_float_run(
-    const Operand *operand, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
-) noexcept nogil:
-    """Whether rows x columns elements are floats one after the other."""
-    return operand.type == FLOAT32 and (columns == 1 or stride == 4) and (rows == 1 or operand.inner == columns * 4)
+cdef inline bint is_run(const Operand *operand, Py_ssize_t stride) noexcept nogil:
+    return operand.type == FLOAT32 and stride == 4
 
 
 cdef inline float *whole_lines(float *storage) noexcept nogil:
@@ -295,10 +293,6 @@ cdef struct Walk:
     int step                        # 1: the loop runs over channels, 0: it stays in one
 
 
-cdef inline bint is_run(const Operand *operand, Py_ssize_t stride) noexcept nogil:
-    return operand.type == FLOAT32 and stride == 4
-
-
 cdef Walk walk_of(const Job *job, int step) noexcept nogil:
     cdef Walk walk
     walk.step = step
@@ -479,41 +473,35 @@ cdef void normalize(const Job *job) noexcept nogil:
 
 # ---- moments ----------------------------------------------------------------------------------------
 
-cdef void column_means(
-    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, double *mean,
+cdef void column_sums(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, double *sums,
 ) noexcept nogil:
     cdef Py_ssize_t row, c
     cdef const float *a
     cdef const float *b
     for c in range(columns):
-        mean[c] = 0
+        sums[c] = 0
     for row in range(0, rows - 3, 4):
         a = x + row * stride
         b = a + 2 * stride
         for c in range(columns):
-            mean[c] += (<double> a[c] + <double> a[c + stride]) + (<double> b[c] + <double> b[c + stride])
+            sums[c] += (<double> a[c] + <double> a[c + stride]) + (<double> b[c] + <double> b[c + stride])
     for row in range(rows & ~3, rows):
         a = x + row * stride
         for c in range(columns):
-            mean[c] += <double> a[c]
-    for c in range(columns):
-        mean[c] /= rows
+            sums[c] += <double> a[c]
 
 
-cdef bint column_squares(
-    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *mean, double *m2,
+cdef void column_squares(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center, double *squares,
 ) noexcept nogil:
-    """The m2 of each column. False if float could not hold the squares of some: their m2 is NaN then."""
-    cdef float[WIDEST] center
+    """The sums of squared deviations from each column's center."""
     cdef Py_ssize_t row, c
     cdef const float *a
     cdef const float *b
     cdef float d0, d1, d2, d3
-    cdef double off
-    cdef int unsafe = 0
     for c in range(columns):
-        center[c] = <float> mean[c]
-        m2[c] = 0
+        squares[c] = 0
     for row in range(0, rows - 3, 4):
         a = x + row * stride
         b = a + 2 * stride
@@ -522,101 +510,119 @@ cdef bint column_squares(
             d1 = a[c + stride] - center[c]
             d2 = b[c] - center[c]
             d3 = b[c + stride] - center[c]
-            m2[c] += <double> ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+            squares[c] += <double> ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
     for row in range(rows & ~3, rows):
         a = x + row * stride
         for c in range(columns):
             d0 = a[c] - center[c]
-            m2[c] += <double> (d0 * d0)
-    for c in range(columns):
-        off = mean[c] - center[c]
-        off = m2[c] - rows * (off * off)
-        off = off if off > 0 else 0
-        # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; NaN is neither.
-        off = off if m2[c] >= 1e-30 else NOT_A_NUMBER
-        m2[c] = off if m2[c] <= 1e37 else NOT_A_NUMBER
-    for c in range(columns):
-        unsafe |= m2[c] != m2[c]
-    return not unsafe
+            squares[c] += <double> (d0 * d0)
 
 
 cdef void column_squares_wide(
-    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *mean, double *m2,
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *center, double *squares,
 ) noexcept nogil:
     """The same in double."""
     cdef Py_ssize_t row, c
     cdef double d
     for c in range(columns):
-        m2[c] = 0
+        squares[c] = 0
     for row in range(rows):
         for c in range(columns):
-            d = x[row * stride + c] - mean[c]
-            m2[c] += d * d
+            d = x[row * stride + c] - center[c]
+            squares[c] += d * d
 
 
-cdef void column_moments(
-    int type, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, double *mean, double *m2,
-) noexcept nogil:
-    cdef double[WIDEST] wide
-    cdef Py_ssize_t c
-    column_means(x, stride, rows, columns, mean)
-    if type != FLOAT32 and type != FLOAT16:
-        column_squares_wide(x, stride, rows, columns, mean, m2)
-    elif not column_squares(x, stride, rows, columns, mean, m2):
-        column_squares_wide(x, stride, rows, columns, mean, wide)
-        for c in range(columns):
-            m2[c] = wide[c] if m2[c] != m2[c] else m2[c]
+cdef inline double about_mean(double squares, double mean, float center, double n) noexcept nogil:
+    """m2 from the squared deviations of n elements from `center`; NaN if float could not hold these."""
+    cdef double off = mean - center
+    cdef double m2 = squares - n * (off * off)
+    m2 = m2 if m2 > 0 else 0
+    # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; NaN is neither.
+    m2 = m2 if squares >= 1e-30 else NOT_A_NUMBER
+    return m2 if squares <= 1e37 else NOT_A_NUMBER
 
 
-cdef void add_block(
+cdef inline bint is_float(int type) noexcept nogil:
+    return type == FLOAT32 or type == FLOAT16
+
+
+cdef void add_rows(
     int type, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
     double *mean, double *m2, Py_ssize_t n,
 ) noexcept nogil:
     """Adds a block to the moments of its columns, which hold n rows so far."""
-    cdef double[WIDEST] block_mean, block_m2
+    cdef double[WIDEST] block_mean, block_m2, wide
+    cdef float[WIDEST] center
     cdef Py_ssize_t c
-    column_moments(type, x, stride, rows, columns, block_mean, block_m2)
+    cdef int unsafe = not is_float(type)
+    column_sums(x, stride, rows, columns, block_mean)
+    for c in range(columns):
+        block_mean[c] /= rows
+        center[c] = <float> block_mean[c]
+    if not unsafe:
+        column_squares(x, stride, rows, columns, center, block_m2)
+        for c in range(columns):
+            block_m2[c] = about_mean(block_m2[c], block_mean[c], center[c], rows)
+        for c in range(columns):
+            unsafe |= block_m2[c] != block_m2[c]
+    if unsafe:
+        column_squares_wide(x, stride, rows, columns, block_mean, wide)
+        for c in range(columns):
+            block_m2[c] = wide[c] if not is_float(type) or block_m2[c] != block_m2[c] else block_m2[c]
     for c in range(columns):
         merge_moments(&mean[c], &m2[c], n, block_mean[c], block_m2[c], rows)
 
 
-cdef void merge_columns(
-    const double *column_mean, const double *column_m2, Py_ssize_t columns, Py_ssize_t n,
-    Py_ssize_t channels, double *mean, double *m2,
+cdef double sum_of(double *values, Py_ssize_t n) noexcept nogil:
+    """The sum of a power of two of values, which it overwrites."""
+    cdef Py_ssize_t i
+    while n > 1:
+        n //= 2
+        for i in range(n):
+            values[i] += values[i + n]
+    return values[0]
+
+
+cdef void add_run(
+    int type, const float *x, Py_ssize_t rows, Py_ssize_t columns, double *mean, double *m2, Py_ssize_t n,
 ) noexcept nogil:
-    """Columns of n elements each, of which every `channels`-th is the same channel, become the channels' moments."""
-    cdef Py_ssize_t c, i, per_channel = columns // channels
-    cdef double d
-    for c in range(channels):
-        mean[c] = 0
-        m2[c] = 0
-        for i in range(per_channel):
-            mean[c] += column_mean[c + i * channels]
-        mean[c] /= per_channel
-        for i in range(per_channel):
-            d = column_mean[c + i * channels] - mean[c]
-            m2[c] += column_m2[c + i * channels] + n * (d * d)
+    """Adds rows * columns elements to the moments of one channel, which hold n elements so far."""
+    cdef double[COLUMNS] sums, center_wide
+    cdef float[COLUMNS] center
+    cdef double run_mean, run_m2 = NOT_A_NUMBER
+    cdef Py_ssize_t some = rows * columns, c
+    column_sums(x, columns, rows, columns, sums)
+    run_mean = sum_of(sums, columns) / some
+    if is_float(type):
+        for c in range(columns):
+            center[c] = <float> run_mean
+        column_squares(x, columns, rows, columns, center, sums)
+        run_m2 = about_mean(sum_of(sums, columns), run_mean, center[0], some)
+    if run_m2 != run_m2:
+        for c in range(columns):
+            center_wide[c] = run_mean
+        column_squares_wide(x, columns, rows, columns, center_wide, sums)
+        run_m2 = sum_of(sums, columns)
+    merge_moments(mean, m2, n, run_mean, run_m2, some)
 
 
 cdef void plane_moments(const Job *job, const char *x, double *mean, double *m2) noexcept nogil:
     """One channel: long runs of floats where they are, everything else by way of the buffer."""
     cdef float[BLOCK] buffer
-    cdef double[COLUMNS] column_mean, column_m2
-    cdef double tail_mean = 0, tail_m2 = 0
     cdef int type = job.x.type
+    cdef bint direct = is_run(&job.x, job.x.inner) and job.inner >= BLOCK // 4
     cdef Py_ssize_t n = 0, filled = 0, position, left, rows, blocks, some
     cdef const char *at
-    for position in range(COLUMNS):
-        column_mean[position] = 0
-        column_m2[position] = 0
+    mean[0] = 0
+    m2[0] = 0
     for position in range(job.outer):
         at = x + outer_offset(job, &job.x, position)
         left = job.inner
-        if is_float_run(&job.x, job.x.inner, 1, left) and left >= BLOCK // 4:
+        if direct:
             for blocks in range((left + BLOCK - 1) // BLOCK, 0, -1):
                 rows = (left // COLUMNS + blocks - 1) // blocks
-                add_block(type, <const float *> at, COLUMNS, rows, COLUMNS, column_mean, column_m2, n)
-                n += rows
+                add_run(type, <const float *> at, rows, COLUMNS, mean, m2, n)
+                n += rows * COLUMNS
                 at += rows * COLUMNS * 4
                 left -= rows * COLUMNS
         while left > 0:
@@ -626,50 +632,55 @@ cdef void plane_moments(const Job *job, const char *x, double *mean, double *m2)
             left -= some
             filled += some
             if filled == BLOCK:
-                add_block(type, buffer, COLUMNS, BLOCK // COLUMNS, COLUMNS, column_mean, column_m2, n)
-                n += BLOCK // COLUMNS
+                add_run(type, buffer, BLOCK // COLUMNS, COLUMNS, mean, m2, n)
+                n += BLOCK
                 filled = 0
     rows = filled // COLUMNS
     if rows > 0:
-        add_block(type, buffer, COLUMNS, rows, COLUMNS, column_mean, column_m2, n)
-        n += rows
-    filled -= rows * COLUMNS
-    if filled > 0:
-        column_moments(type, buffer + rows * COLUMNS, 1, filled, 1, &tail_mean, &tail_m2)
-    if n == 0:
-        mean[0] = tail_mean
-        m2[0] = tail_m2
-        return
-    merge_columns(column_mean, column_m2, COLUMNS, n, 1, mean, m2)
-    if filled > 0:
-        merge_moments(mean, m2, n * COLUMNS, tail_mean, tail_m2, filled)
+        add_run(type, buffer, rows, COLUMNS, mean, m2, n)
+        n += rows * COLUMNS
+    if filled % COLUMNS > 0:
+        add_run(type, buffer + rows * COLUMNS, filled % COLUMNS, 1, mean, m2, n)
 
 
-cdef void add_rows(
+cdef void add_part_rows(
     const Job *job, const char *x, Py_ssize_t rows, Py_ssize_t columns, double *mean, double *m2, Py_ssize_t n,
 ) noexcept nogil:
-    """Adds rows of all columns; a row of columns may be several rows of channels."""
+    """Adds rows of all columns, some at a time; a row of columns may be several rows of channels."""
     cdef float[BLOCK] buffer
     cdef Py_ssize_t per_row = columns // job.channels
     cdef Py_ssize_t first = 0, some
-    cdef bint in_place = is_float_run(&job.x, job.x.channel, per_row, job.channels)
+    cdef bint in_place = is_run(&job.x, job.x.channel) and (per_row == 1 or rows_join(&job.x, job.channels))
     while first < columns:
         some = min(<Py_ssize_t> WIDEST, columns - first)
         if in_place:
-            add_block(FLOAT32, <const float *> x + first, per_row * job.x.inner // 4, rows, some, mean + first, m2 + first, n)
+            add_rows(FLOAT32, <const float *> x + first, per_row * job.x.inner // 4, rows, some, mean + first, m2 + first, n)
         else:
             load(&job.x, x + first * job.x.channel, job.x.channel, buffer, rows * per_row, some // per_row)
-            add_block(job.x.type, buffer, some, rows, some, mean + first, m2 + first, n)
+            add_rows(job.x.type, buffer, some, rows, some, mean + first, m2 + first, n)
         first += some
+
+
+cdef void merge_columns(
+    const double *column_mean, const double *column_m2, Py_ssize_t columns, Py_ssize_t n,
+    Py_ssize_t channels, double *mean, double *m2,
+) noexcept nogil:
+    """Columns of n elements each, of which every `channels`-th is the same channel, become the channels' moments."""
+    cdef Py_ssize_t c, i
+    for c in range(channels):
+        mean[c] = column_mean[c]
+        m2[c] = column_m2[c]
+        for i in range(1, columns // channels):
+            merge_moments(&mean[c], &m2[c], i * n, column_mean[c + i * channels], column_m2[c + i * channels], n)
 
 
 cdef void row_moments(const Job *job, double *mean, double *m2) noexcept nogil:
     """Channels last. Rows of few channels are taken several at a time, so that the columns fill registers."""
-    cdef double[COLUMNS] column_mean, column_m2, tail_mean, tail_m2
+    cdef double[FOLDED] column_mean, column_m2, tail_mean, tail_m2
     cdef Py_ssize_t channels = job.channels, position, row, some, c
-    cdef Py_ssize_t per_row = max(<Py_ssize_t> 1, COLUMNS // channels) if job.inner >= COLUMNS else 1
+    cdef Py_ssize_t per_row = max(<Py_ssize_t> 1, FOLDED // channels) if job.inner >= FOLDED else 1
     cdef Py_ssize_t columns = per_row * channels
-    cdef Py_ssize_t most = max(<Py_ssize_t> 16, min(<Py_ssize_t> 128, BLOCK // columns))
+    cdef Py_ssize_t most = max(<Py_ssize_t> 16, BLOCK // columns)
     cdef Py_ssize_t n = 0, tail = 0
     cdef double *main_mean = &column_mean[0] if per_row > 1 else mean
     cdef double *main_m2 = &column_m2[0] if per_row > 1 else m2
@@ -685,13 +696,13 @@ cdef void row_moments(const Job *job, double *mean, double *m2) noexcept nogil:
         row = job.inner // per_row
         while row > 0:
             some = min(most, row)
-            add_rows(job, x, some, columns, main_mean, main_m2, n)
+            add_part_rows(job, x, some, columns, main_mean, main_m2, n)
             x += some * per_row * job.x.inner
             n += some
             row -= some
         some = job.inner % per_row
         if some > 0:
-            add_rows(job, x, some, channels, tail_mean, tail_m2, tail)
+            add_part_rows(job, x, some, channels, tail_mean, tail_m2, tail)
             tail += some
     if per_row > 1:
         merge_columns(column_mean, column_m2, columns, n, channels, mean, m2)
