@@ -15,6 +15,13 @@ Activation = tuple[str, float, float]
 INFINITY = math.inf
 X_DTYPES = "float32, float16, uint8, int8, uint16 or int16"
 FLOAT_DTYPES = "float32 or float16"
+ACTIVATIONS: dict[str | None, Activation] = {
+    None: ("identity", 0.0, 0.0),
+    "relu": ("clip", 0.0, INFINITY),
+    "relu6": ("clip", 0.0, 6.0),
+    "hard_swish": ("hard_swish", 0.0, 0.0),
+}
+ACTIVATION_FORMS = "None, 'relu', 'relu6', 'hard_swish', ('leaky_relu', slope) or ('clip', low, high)"
 
 
 def shape(sizes: Iterable[int]) -> str:
@@ -69,7 +76,7 @@ def wrong_dtype(name: str, value: NDArray[Any], integers: bool) -> Exception:
     if value.dtype.isnative is False and value.dtype.kind in "fiu":
         return TypeError(f"{name}: expected native byte order, got {value.dtype.str}")
     hint = f"; pass {name}.astype(np.float32)" if value.dtype.kind in "fiub" and name != "out" else ""
-    return TypeError(f"{name}: expected {expected}, got {value.dtype}{hint}")
+    return TypeError(f"{name}: expected {ACTIVATION_FORMS}, got {value.dtype}{hint}")
 
 
 def share_memory(a: NDArray[Any], b: NDArray[Any]) -> bool:
@@ -146,6 +153,8 @@ def channels(x: NDArray[Any], at: int) -> int:
 
 def vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]]:
     """One real number per channel: a float array of any precision, or a list."""
+    if type(value) is np.ndarray and value.dtype.kind == "f" and value.shape == (channels,):
+        return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a plain array, got a masked array, whose mask would be ignored")
     try:
@@ -180,19 +189,12 @@ def out_dtype(value: Any) -> np.dtype[Any] | None:
 
 def activation(value: Any) -> Activation:
     """What the loops do after scale and shift: its kind, and low and high, or the slope as low."""
-    names = {
-        None: ("identity", 0.0, 0.0),
-        "relu": ("clip", 0.0, INFINITY),
-        "relu6": ("clip", 0.0, 6.0),
-        "hard_swish": ("hard_swish", 0.0, 0.0),
-    }
-    expected = "None, 'relu', 'relu6', 'hard_swish', ('leaky_relu', slope) or ('clip', low, high)"
     if value is None or isinstance(value, str):
-        if value not in names:
-            raise ValueError(f"activation: expected {expected}, got {value!r:.60}")
-        return names[value]
+        if value not in ACTIVATIONS:
+            raise ValueError(f"activation: expected {ACTIVATION_FORMS}, got {value!r:.60}")
+        return ACTIVATIONS[value]
     if not isinstance(value, tuple):
-        raise TypeError(f"activation: expected {expected}, got {kind(value)}")
+        raise TypeError(f"activation: expected {ACTIVATION_FORMS}, got {kind(value)}")
     if len(value) == 2 and value[0] == "leaky_relu":
         slope = number("activation slope", value[1])
         if not math.isfinite(slope):
@@ -203,4 +205,4 @@ def activation(value: Any) -> Activation:
         if not low <= high:
             raise ValueError(f"activation: expected low <= high to clip to, got {low} and {high}")
         return "clip", low, high
-    raise ValueError(f"activation: expected {expected}, got {value!r:.60}")
+    raise ValueError(f"activation: expected {ACTIVATION_FORMS}, got {value!r:.60}")

@@ -10,17 +10,18 @@ c. Compiled for the baseline; only the kernels know more, and they are handed in
 from libc.string cimport memset
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
-    Activation, Coefficients, Job, Kernels, Operand, lay_out, magnitude, merge_moments, take_channels,
+    CHANNELS, Activation, Coefficients, Job, Kernels, Operand,
+    is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, size_of, take, take_channels,
 )
 
 import numpy as np
 
-from bn_c import _checks
-from bn_c._threads import get_num_threads
+from bn_c import _checks, _threads
 
 cdef extern from "bn_c/cpu.h" nogil:
     ctypedef struct bn_fp_state:
@@ -32,6 +33,8 @@ cdef extern from "bn_c/cpu.h" nogil:
 cdef enum:
     ABSENT = -1
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
+    PARALLEL = 1 << 18          # elements: below, waking the threads costs more than they save
+    PIECE = 1 << 18             # elements of a piece whose statistics are taken on their own
     UNIT = 1 << 19              # bytes of channels normalised right after their statistics: they are still in L2
 
 cdef const Kernels *kernels = NULL
@@ -79,7 +82,7 @@ cdef int type_code(const char *format) noexcept:
     return ABSENT
 
 
-cdef int take(Py_buffer *view, Operand *operand, str name, array, bint writable, bint integers) except -1:
+cdef int take_array(Py_buffer *view, Operand *operand, str name, array, bint writable, bint integers) except -1:
     """Takes the buffer of an array and checks that its elements can be read (and written) as they are."""
     cdef int d
     cdef size_t misaligned
@@ -195,7 +198,7 @@ cdef void release(Arrays *arrays) noexcept:
 
 cdef int take_input(Arrays *arrays, Job *job, x, Py_ssize_t axis, Py_ssize_t channels) except -1:
     """Takes x and returns its axis of channels. `channels` is their expected number, or ABSENT."""
-    take(&arrays.x, &job.x, "x", x, False, True)
+    take_array(&arrays.x, &job.x, "x", x, False, True)
     cdef int at = channel_axis(axis, &arrays.x)
     if channels != ABSENT and arrays.x.shape[at] != channels:
         raise ValueError(f"x: expected {channels} channels on axis {axis}, got shape {_checks.shape(x.shape)}")
@@ -203,13 +206,13 @@ cdef int take_input(Arrays *arrays, Job *job, x, Py_ssize_t axis, Py_ssize_t cha
 
 
 cdef int take_residual(Arrays *arrays, Job *job, residual) except -1:
-    take(&arrays.residual, &job.residual, "residual", residual, False, False)
+    take_array(&arrays.residual, &job.residual, "residual", residual, False, False)
     same_shape("residual", &arrays.residual, &arrays.x)
     return 0
 
 
-cdef int take_out(Arrays *arrays, Job *job, x, residual, out, dtype) except -1:
-    take(&arrays.out, &job.out, "out", out, True, False)
+cdef int take_given_out(Arrays *arrays, Job *job, x, residual, out, dtype) except -1:
+    take_array(&arrays.out, &job.out, "out", out, True, False)
     same_shape("out", &arrays.out, &arrays.x)
     if dtype is not None and out.dtype != dtype:
         raise ValueError(f"out: expected dtype {dtype}, as dtype= says, got {out.dtype}")
@@ -232,10 +235,7 @@ cdef enum:
     EXACT_ROWS
 
 cdef enum:
-    CENTER
-    SCALE
-    SHIFT
-    ROUNDED_ROWS
+    ROUNDED_ROWS = 3    # center, scale, shift
 
 
 cdef class Folded:
@@ -244,29 +244,46 @@ cdef class Folded:
     cdef Py_ssize_t count
     cdef object table
     cdef double[:, ::1] exact
-    cdef float[:, ::1] rounded
+    cdef float *rounded
     cdef Coefficients k
 
-    def __init__(self, Py_ssize_t channels, gamma=None, beta=None):
+    def __cinit__(self, Py_ssize_t channels, gamma=None, beta=None):
         self.channels = channels
+        self.rounded = <float *> PyMem_Malloc(ROUNDED_ROWS * max(channels, 1) * sizeof(float))
+        if self.rounded == NULL:
+            raise MemoryError()
         self.table = np.empty((EXACT_ROWS, max(channels, 1)))
-        self.table[GAMMA] = 1 if gamma is None else gamma
-        self.table[BETA] = 0 if beta is None else beta
         self.exact = self.table
-        self.rounded = np.empty((ROUNDED_ROWS, max(channels, 1)), float32)
+        self.fill(GAMMA, gamma, 1)
+        self.fill(BETA, beta, 0)
         self.k = Coefficients(
             mean=&self.exact[MEAN, 0], std=&self.exact[STD, 0], gamma=&self.exact[GAMMA, 0], beta=&self.exact[BETA, 0],
-            center=&self.rounded[CENTER, 0], scale=&self.rounded[SCALE, 0], shift=&self.rounded[SHIFT, 0], wide=False)
+            center=self.rounded, scale=self.rounded + channels, shift=self.rounded + 2 * channels, wide=False)
+
+    def __dealloc__(self):
+        PyMem_Free(self.rounded)
+
+    cdef int fill(self, int row, values, double absent) except -1:
+        cdef Py_ssize_t c
+        if values is not None:
+            self.table[row] = values
+            return 0
+        for c in range(self.channels):
+            self.exact[row, c] = absent
+        return 0
 
     def fold(self, mean, var, double eps):
         """Takes the statistics to normalise with; returns itself."""
-        cdef bn_fp_state state
         self.table[MEAN] = mean
         self.table[VAR] = var
+        self.fold_statistics(eps)
+        return self
+
+    cdef void fold_statistics(self, double eps) noexcept:
+        cdef bn_fp_state state
         bn_fp_enter(&state)
         kernels.fold(&self.k, self.channels, &self.exact[VAR, 0], eps)
         bn_fp_leave(&state)
-        return self
 
     def statistics(self):
         """Of the mini-batch that was normalised: elements per channel, mean, sum of squared deviations."""
@@ -274,45 +291,160 @@ cdef class Folded:
             self.count, self.table[MEAN, :self.channels].copy(), self.table[VAR, :self.channels] * self.count)
 
 
+cdef dict activation_kinds = {
+    "identity": IDENTITY, "clip": CLIP, "leaky_relu": LEAKY_RELU, "hard_swish": HARD_SWISH,
+}
+
+
 cdef Activation as_activation(activation):
     """`activation` as `_checks.activation` returns it."""
     cdef Activation result
     kind, low, high = activation
-    result.kind = {"identity": IDENTITY, "clip": CLIP, "leaky_relu": LEAKY_RELU, "hard_swish": HARD_SWISH}[kind]
+    result.kind = activation_kinds[kind]
     result.low = result.slope = low
     result.high = high
     return result
 
 
-# ---- calls ------------------------------------------------------------------------------------------
+# ---- running the kernels ----------------------------------------------------------------------------
 
-cdef void normalize_units(Job *job, double *var, double eps, double count) noexcept nogil:
-    """This mini-batch's statistics, and y, of some channels at a time."""
+cdef enum Task:
+    NORMALIZE       # y of folded statistics
+    MOMENTS         # the statistics
+    BOTH            # the statistics, then y, of some channels at a time
+
+
+cdef struct Work:
+    Job job
+    int task
+    double *mean            # of MOMENTS
+    double *m2
+    double *var             # of BOTH
+    double count
+    double eps
+
+
+cdef void normalize_units(const Work *work) noexcept nogil:
     cdef Job unit
-    cdef Py_ssize_t start = 0, stop, c, step = job.channels
-    if not job.channels_last:
-        step = max(<Py_ssize_t> 1, <Py_ssize_t> (UNIT / (count * 4)))
-    while start < job.channels:
-        stop = min(start + step, job.channels)
-        unit = job[0]
+    cdef Py_ssize_t start = 0, stop, c
+    cdef Py_ssize_t step = max(<Py_ssize_t> 1, <Py_ssize_t> (UNIT / (work.count * 4)))
+    while start < work.job.channels:
+        stop = min(start + step, work.job.channels)
+        unit = work.job
         take_channels(&unit, start, stop)
-        kernels.moments(&unit, unit.coefficients.mean, var + start)
+        kernels.moments(&unit, unit.coefficients.mean, work.var + start)
         for c in range(start, stop):
-            var[c] /= count
-        kernels.fold(&unit.coefficients, unit.channels, var + start, eps)
+            work.var[c] /= work.count
+        kernels.fold(&unit.coefficients, unit.channels, work.var + start, work.eps)
         kernels.normalize(&unit)
         start = stop
 
 
-cdef void run(Job *job, double *var, double eps, double count, bint batch) noexcept nogil:
+cdef void run(const Work *work) noexcept nogil:
     cdef bn_fp_state state
     bn_fp_enter(&state)
-    if batch:
-        normalize_units(job, var, eps, count)
+    if work.task == NORMALIZE:
+        kernels.normalize(&work.job)
+    elif work.task == MOMENTS:
+        kernels.moments(&work.job, work.mean, work.m2)
     else:
-        kernels.normalize(job)
+        normalize_units(work)
     bn_fp_leave(&state)
 
+
+cdef class Part:
+    """Some of the work of a call, for any thread."""
+    cdef Work work
+
+    def __call__(self):
+        with nogil:
+            run(&self.work)
+
+
+cdef Part part_of(const Work *work, int loop, Py_ssize_t index, Py_ssize_t parts):
+    cdef Part part = Part.__new__(Part)
+    cdef Py_ssize_t length = loop_length(&work.job, loop)
+    part.work = work[0]
+    take(&part.work.job, loop, index * length // parts, (index + 1) * length // parts)
+    if work.task == BOTH:
+        part.work.var += index * length // parts
+    return part
+
+
+cdef int run_parts(const Work *work, int loop, int threads) except -1:
+    """Runs all of the work; with several threads, in parts of one of its loops."""
+    cdef Py_ssize_t parts
+    if threads > 1 and size_of(&work.job) >= PARALLEL:
+        parts = min(4 * <Py_ssize_t> threads, loop_length(&work.job, loop))
+        _threads.run([part_of(work, loop, index, parts) for index in range(parts)], threads)
+    elif size_of(&work.job) >= RELEASE_GIL:
+        with nogil:
+            run(work)
+    else:
+        run(work)
+    return 0
+
+
+cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) except -1:
+    """The statistics, in an order that depends on the arrays alone. Returns the elements per channel.
+
+    Many planes are independent channels. Rows, and few planes, are cut into pieces of a fixed size, whose
+    moments are merged in order.
+    """
+    cdef const Job *job = &work.job
+    cdef Py_ssize_t count = size_of(job) // job.channels, done = 0, piece_count, index, c
+    cdef int loop = longest_loop(job)
+    cdef Py_ssize_t pieces = min(size_of(job) // PIECE, loop_length(job, loop))
+    cdef double[:, :, ::1] moments
+    cdef Part part
+    work.task = MOMENTS
+    work.mean = mean
+    work.m2 = m2
+    if pieces < 2 or is_planes(job):
+        run_parts(work, CHANNELS, threads if is_planes(job) else 1)
+        return count
+    moments = np.empty((pieces, 2, job.channels))
+    parts = []
+    for index in range(pieces):
+        part = part_of(work, loop, index, pieces)
+        part.work.mean = &moments[index, 0, 0]
+        part.work.m2 = &moments[index, 1, 0]
+        parts.append(part)
+    _threads.run(parts, threads)
+    for index in range(pieces):
+        part = parts[index]
+        piece_count = size_of(&part.work.job) // job.channels
+        for c in range(job.channels):
+            if done == 0:
+                mean[c] = moments[index, 0, c]
+                m2[c] = moments[index, 1, c]
+            else:
+                merge_moments(&mean[c], &m2[c], done, moments[index, 0, c], moments[index, 1, c], piece_count)
+        done += piece_count
+    return count
+
+
+cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1:
+    """The statistics, folded, and y."""
+    cdef Py_ssize_t c
+    work.var = &folded.exact[VAR, 0]
+    work.eps = eps
+    work.count = folded.count
+    if is_planes(&work.job):
+        work.task = BOTH
+        run_parts(work, CHANNELS, threads)
+        return 0
+    run_moments(work, &folded.exact[MEAN, 0], work.var, threads)
+    for c in range(folded.channels):
+        work.var[c] /= folded.count
+    folded.fold_statistics(eps)
+    work.job.coefficients = folded.k
+    work.task = NORMALIZE
+    run_parts(work, longest_loop(&work.job), threads)
+    return 0
+
+
+# ---- calls ------------------------------------------------------------------------------------------
 
 cdef inline const Py_ssize_t *strides(const Py_buffer *view, object) noexcept:
     return view.strides if object is not None else NULL
@@ -324,36 +456,37 @@ cdef object forward(
 ):
     """y of the folded statistics or, if `batch`, of those of x, which `folded` then holds."""
     cdef Arrays arrays
-    cdef Job job
+    cdef Work work
+    cdef Job *job = &work.job
     cdef int at
     cdef Py_ssize_t size
     memset(&arrays, 0, sizeof(arrays))
     job.residual.data = NULL
     try:
-        at = take_input(&arrays, &job, x, axis, folded.channels)
+        at = take_input(&arrays, job, x, axis, folded.channels)
         if residual is not None:
-            take_residual(&arrays, &job, residual)
+            take_residual(&arrays, job, residual)
         if out is None:
             out = new_out(x, job.x.type, dtype)
-            take(&arrays.out, &job.out, "out", out, True, False)
+            take_array(&arrays.out, &job.out, "out", out, True, False)
         else:
-            take_out(&arrays, &job, x, residual, out, dtype)
+            take_given_out(&arrays, job, x, residual, out, dtype)
         size = elements(&arrays.x)
         folded.count = size // folded.channels if size else 0
         if size == 0:
             if batch and folded.channels > 0:
                 raise ValueError(f"x: expected at least one element per channel, got shape {_checks.shape(x.shape)}")
             return out
-        lay_out(&job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides,
+        lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides,
                 strides(&arrays.residual, residual), arrays.out.strides)
         job.coefficients = folded.k
         job.activation = activation[0]
         job.stream = arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
-        if size < RELEASE_GIL:
-            run(&job, &folded.exact[VAR, 0], eps, folded.count, batch)
+        if batch:
+            run_batch(&work, folded, eps, threads)
         else:
-            with nogil:
-                run(&job, &folded.exact[VAR, 0], eps, folded.count, batch)
+            work.task = NORMALIZE
+            run_parts(&work, longest_loop(job), threads)
     finally:
         release(&arrays)
     return out
@@ -374,27 +507,23 @@ def normalize_batch(x, Folded folded, double eps, activation, Py_ssize_t axis, r
 def moments(x, Py_ssize_t axis, channels, int threads):
     """Elements per channel, and the mean and the sum of squared deviations of each."""
     cdef Arrays arrays
-    cdef Job job
-    cdef double[::1] mean, m2
-    cdef bn_fp_state state
+    cdef Work work
+    cdef Job *job = &work.job
+    cdef double[:, ::1] result
+    cdef Py_ssize_t count = 0
     memset(&arrays, 0, sizeof(arrays))
     job.residual.data = NULL
     job.out.data = NULL
     try:
-        at = take_input(&arrays, &job, x, axis, ABSENT if channels is None else channels)
-        result = np.zeros((2, arrays.x.shape[at]))
-        if elements(&arrays.x) == 0:
-            return 0, result[0], result[1]
-        mean = result[0]
-        m2 = result[1]
-        lay_out(&job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, NULL, NULL)
-        with nogil:
-            bn_fp_enter(&state)
-            kernels.moments(&job, &mean[0], &m2[0])
-            bn_fp_leave(&state)
-        return elements(&arrays.x) // job.channels, result[0], result[1]
+        at = take_input(&arrays, job, x, axis, ABSENT if channels is None else channels)
+        table = np.zeros((2, arrays.x.shape[at]))
+        if elements(&arrays.x) > 0:
+            result = table
+            lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, NULL, NULL)
+            count = run_moments(&work, &result[0, 0], &result[1, 0], threads)
     finally:
         release(&arrays)
+    return count, table[0], table[1]
 
 
 def merge(
@@ -430,5 +559,5 @@ cdef class Layer:
         if folded is None or type(x) is not ndarray or residual is not None or dtype is not None \
                 or (out is not None and type(out) is not ndarray):
             return self._forward(x, residual, dtype, out)
-        cdef int threads = self.ready_threads or get_num_threads()
+        cdef int threads = self.ready_threads or _threads.get_num_threads()
         return forward(x, folded, &self.ready_activation, self.ready_axis, None, None, out, threads, 0, False)

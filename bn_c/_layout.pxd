@@ -136,14 +136,43 @@ cdef inline void lay_out(
     job.channels_last = job.channels > 1 and (job.inner == 1 or magnitude(job.x.channel) < magnitude(job.x.inner))
 
 
+cdef enum Loop:
+    OUTER           # the first of the outer dimensions
+    INNER
+    CHANNELS
+
+
+cdef inline Py_ssize_t size_of(const Job *job) noexcept nogil:
+    return job.outer * job.inner * job.channels
+
+
+cdef inline bint is_planes(const Job *job) noexcept nogil:
+    """Whether there are enough planes of channels for each to be a piece of work of its own."""
+    return not job.channels_last and job.channels >= 16
+
+
+cdef inline Py_ssize_t loop_length(const Job *job, int loop) noexcept nogil:
+    if loop == OUTER:
+        return job.outer_shape[0] if job.outer_ndim > 0 else 1
+    return job.inner if loop == INNER else job.channels
+
+
+cdef inline int longest_loop(const Job *job) noexcept nogil:
+    """The loop over elements of one channel that is best cut into parts."""
+    return OUTER if loop_length(job, OUTER) >= min(job.inner, <Py_ssize_t> 64) else INNER
+
+
+cdef inline void shift(Operand *operand, Py_ssize_t stride, Py_ssize_t start) noexcept nogil:
+    if operand.data != NULL:
+        operand.data += start * stride
+
+
 cdef inline void take_channels(Job *job, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
     """Restricts the job to these channels."""
     job.channels = stop - start
-    job.x.data += start * job.x.channel
-    if job.out.data != NULL:
-        job.out.data += start * job.out.channel
-    if job.residual.data != NULL:
-        job.residual.data += start * job.residual.channel
+    shift(&job.x, job.x.channel, start)
+    shift(&job.out, job.out.channel, start)
+    shift(&job.residual, job.residual.channel, start)
     job.coefficients.mean += start
     job.coefficients.std += start
     job.coefficients.gamma += start
@@ -151,6 +180,23 @@ cdef inline void take_channels(Job *job, Py_ssize_t start, Py_ssize_t stop) noex
     job.coefficients.center += start
     job.coefficients.scale += start
     job.coefficients.shift += start
+
+
+cdef inline void take(Job *job, int loop, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
+    """Restricts the job to a part of one of its loops."""
+    if loop == CHANNELS:
+        take_channels(job, start, stop)
+    elif loop == INNER:
+        shift(&job.x, job.x.inner, start)
+        shift(&job.out, job.out.inner, start)
+        shift(&job.residual, job.residual.inner, start)
+        job.inner = stop - start
+    else:
+        shift(&job.x, job.x.outer[0], start)
+        shift(&job.out, job.out.outer[0], start)
+        shift(&job.residual, job.residual.outer[0], start)
+        job.outer = job.outer // job.outer_shape[0] * (stop - start)
+        job.outer_shape[0] = stop - start
 
 
 cdef inline void merge_moments(

@@ -41,10 +41,12 @@ from numpy.lib.stride_tricks import as_strided
 import bn_c
 from bn_c import _dispatch, _threads, cli
 
+GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 NUMPY_2 = int(np.__version__.split(".")[0]) >= 2
 SECONDS = 300  # until a case counts as hanging; an emulated CPU is 50 times slower
 SHAPE = (4, 3, 5)
 CHANNELS = SHAPE[1]
+MANY = sys.maxsize // 32  # samples: float64 arrays of so many could not be larger
 BEYOND_TEXT = 10**5000  # str() refuses to write it
 NAN, INF = float("nan"), float("inf")
 
@@ -131,9 +133,8 @@ def fill(layer, w):
 
 
 def layer_of(w):
-    channels = len(w.gamma)
-    layer = bn_c.BatchNorm(channels, eps=w.eps, axis=w.axis, activation=w.activation, num_threads=w.num_threads)
-    return fill(layer, w)
+    given = {name: getattr(w, name) for name in ("eps", "axis", "activation", "num_threads")}
+    return fill(bn_c.BatchNorm(len(w.gamma), **given), w)
 
 
 def spoil(case):
@@ -312,9 +313,8 @@ def assert_exact(face, meant, result):
         stats = bn_c.batch_stats(meant.x, axis=meant.axis)
         assert_statistics(stats, meant.x, meant.axis)
         mean, var = stats.mean, stats.var
-    oracle.assert_forward(
-        y, meant.x, mean, var, meant.gamma, meant.beta, meant.eps, meant.axis, meant.residual, meant.activation
-    )
+    parameters = meant.gamma, meant.beta, meant.eps, meant.axis
+    oracle.assert_forward(y, meant.x, mean, var, *parameters, meant.residual, meant.activation)
 
 
 def assert_works(w, one):
@@ -328,22 +328,19 @@ NAMES = {"mean": "(running_)?mean", "var": "(running_)?var", "dtype": "dtype|out
 def judge(face, case):
     """Runs one case with one call; `refused`, `exact`, or `either` of them."""
     w, sane, meant = spoil(case)
-    written, changed = memory(w), state(w)
-    try:
-        result = face(w)
-    except Exception as error:
-        if case.verdict == "exact":
-            raise
-        assert_named(error, NAMES.get(case.argument, case.argument))
-        assert case.says in str(error), f"does not say {case.says}: {error}"
-        assert memory(w) == written, f"written although it raised {error}"
-        assert state(w) == changed, f"state changed although it raised {error}"
-        assert_works(sane, w.layer.eval())
+    before, results = (memory(w), state(w)), []
+    error = error_of(lambda: results.append(face(w)))
+    if error is None:
+        assert case.verdict != "refused", "expected an error, got a result"
+        assert_exact(face, meant, results[0])
+        assert w.out is None or results[0] is w.out or isinstance(results[0], bn_c.BatchStats)
         return
-    assert case.verdict != "refused", "expected an error, got a result"
-    if w.out is not None and isinstance(result, np.ndarray):
-        assert result is w.out
-    assert_exact(face, meant, result)
+    if case.verdict == "exact":
+        raise error
+    assert_named(error, NAMES.get(case.argument, case.argument))
+    assert case.says in str(error), f"does not say {case.says}: {error}"
+    assert (memory(w), state(w)) == before, f"written although it raised {error}"
+    assert_works(sane, w.layer.eval())
 
 
 def together(checks):
@@ -361,7 +358,8 @@ def together(checks):
 
 def judge_all(*rows):
     """Runs cases with every call that takes their argument."""
-    together((f"{face.__name__} ({case.argument})", partial(judge, face, case)) for case in rows for face in case.faces)
+    pairs = [(face, case) for case in rows for face in case.faces]
+    together((f"{face.__name__} ({case.argument})", partial(judge, face, case)) for face, case in pairs)
 
 
 def cases(verdict, argument, faces, **values):
@@ -518,12 +516,15 @@ class Spoiler(np.ndarray):
         raise RuntimeError("ufunc")
 
 
-class Reentrant(Result):
+class Reentrant:
     """`__array__` calls the package."""
 
+    def __init__(self, value, x):
+        self.value, self.x = value, x
+
     def __array__(self, dtype=None, copy=None):
-        bn_c.batch_norm(self.value, num_threads=2)
-        bn_c.BatchNorm(self.value.shape[1]).train()(self.value)
+        bn_c.batch_norm(self.x, num_threads=2)
+        bn_c.BatchNorm(self.x.shape[1]).train()(self.x)
         return self.value
 
 
@@ -597,11 +598,6 @@ def bytes_of(w, dtype="u1"):
 def one_sample(w, dtype="f4"):
     """Makes x rank 1."""
     return put(w, np.arange(1, 8).astype(dtype), axis=0)
-
-
-def of_rank(n):
-    """x with ones around the channels."""
-    return lambda w: put(w, w.x[0, :, :1].reshape((1, 3) + (1,) * (n - 2)) if n > 1 else w.x[0, :, 0].copy())
 
 
 def lengths(*shape):
@@ -691,8 +687,10 @@ def wrong_arrays(base, *, masked_data=True):
 
 
 def too_deep(base):
-    ranks = (33, 64) if NUMPY_2 else ()
-    return {f"rank_{n}": lambda w, n=n: getattr(w, base)[0, :, :1].reshape((1, 3) + (1,) * (n - 2)) for n in ranks}
+    def of(rank):
+        return lambda w: getattr(w, base)[0, :, :1].reshape((1, 3) + (1,) * (rank - 2))
+
+    return {f"rank_{rank}": of(rank) for rank in ((33, 64) if NUMPY_2 else ())}
 
 
 X_CASES = [
@@ -735,10 +733,15 @@ X_CASES = [
         no_pixels=lengths(4, 3, 0),
         neither=lengths(0, 3, 0),
         no_rows=lengths(0, 3),
-        no_pixels_of_2_58=lengths(1 << 58, 3, 0),
+        no_pixels_of_many=lengths(MANY, 3, 0),
     ),
     *cases(
-        "exact", "x", X, empty_channels=lengths(4, 0, 5), nothing=lengths(0, 0), no_channels_of_2_58=lengths(1 << 58, 0)
+        "exact",
+        "x",
+        X,
+        empty_channels=lengths(4, 0, 5),
+        nothing=lengths(0, 0),
+        no_channels_of_many=lengths(MANY, 0),
     ),
     *cases(
         "exact",
@@ -751,7 +754,7 @@ X_CASES = [
         of_bytes=lambda w: np.frombuffer(bytes_of(w).tobytes(), "u1").reshape(SHAPE),
         array_method=lambda w: Arrays(w.x),
         array_method_masked_nowhere=lambda w: Arrays(np.ma.masked_array(w.x)),
-        array_method_reentrant=lambda w: Reentrant(w.x),
+        array_method_reentrant=lambda w: Reentrant(w.x, w.x),
         interface=lambda w: Interface(w.x.__array_interface__),
         dlpack=lambda w: Lends(w.x),
         dlpack_half=lambda w: Lends(halves(w)),
@@ -1152,7 +1155,7 @@ def vector_exact(name):
         "memoryview": of(memoryview),
         "array_array": of(lambda a: array.array("d", a)),
         "array_method": of(Arrays),
-        "array_method_reentrant": lambda w: Arrays(bn_c.batch_norm(w.x)[0, :, 0]) and Arrays(getattr(w, name)),
+        "array_method_reentrant": lambda w: Reentrant(getattr(w, name), w.x),
         "subclass_lies": of(lambda a: a.view(Liar)),
         "subclass_spoils": of(spoiler),
         "in_x": lambda w: w.x[0, :, 0],
@@ -1211,6 +1214,7 @@ NO_EPS = {
     "fraction_beyond_float": fractions.Fraction(10**400),
 }
 
+FLAGS = ("affine", "track_running_stats", "unbiased_running_var", "allow_single_value", "training")
 NUMBER_CASES = [
     *cases("refused", "eps", OPTION, **NOT_NUMBERS, **NO_EPS),
     *cases("either", "eps", OPTION, decimal=decimal.Decimal("1e-5"), zero_d=np.array(1e-5)),
@@ -1268,7 +1272,14 @@ NUMBER_CASES = [
     *cases("refused", "num_threads", (process,), **NOT_INTEGERS, zero=0, minus_1=-1, below_text=-BEYOND_TEXT),
     *cases("exact", "num_threads", THREADS, none=None),
     *cases("exact", "num_threads", (*THREADS, process), two=2, index=Index(2), numpy=np.uint8(3)),
-    *cases("either", "num_threads", (*THREADS, process), billion=10**9, beyond_float=10**400, beyond_text=BEYOND_TEXT),
+    *cases(
+        "either",
+        "num_threads",
+        (*THREADS, process),
+        billion=10**9,
+        beyond_float=10**400,
+        beyond_text=BEYOND_TEXT,
+    ),
     *cases(
         "refused",
         "num_features",
@@ -1282,7 +1293,7 @@ NUMBER_CASES = [
     ),
     *[
         row
-        for flag in ("affine", "track_running_stats", "unbiased_running_var", "allow_single_value", "training")
+        for flag in FLAGS
         for row in cases(
             "refused",
             flag,
@@ -1417,7 +1428,10 @@ OPTION_CASES = [
 ]
 
 
-@pytest.mark.parametrize("rows", [*X_CASES, *RESIDUAL_CASES, *OUT_CASES, *VECTOR_CASES, *NUMBER_CASES, *OPTION_CASES])
+ARRAY_CASES = [*X_CASES, *RESIDUAL_CASES, *OUT_CASES, *VECTOR_CASES]
+
+
+@pytest.mark.parametrize("rows", [*ARRAY_CASES, *NUMBER_CASES, *OPTION_CASES])
 def test_argument(rows):
     isolated(judge_all, *rows)
 
@@ -1528,17 +1542,16 @@ def load_into_bare(w, value, **options):
     bn_c.BatchNorm(CHANNELS, affine=False, track_running_stats=False).load_state_dict(value, **options)
 
 
-def refuse_state(loader, spoil):
+def refuse_state(loader, change):
     w = ready()
-    value = spoil(w.layer.state_dict())
+    value = change(w.layer.state_dict())
     unchanged(w, lambda w: loader(w, value), STATE_NAMES)
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_state_dict(name):
-    pairs = itertools.product((load, from_torch), enumerate(STATES[name]))
-    checks = [(f"{loader.__name__} {i}", partial(refuse_state, loader, spoil)) for loader, (i, spoil) in pairs]
-    isolated(together, checks)
+    pairs = itertools.product((load, from_torch), STATES[name])
+    isolated(together, [(loader.__name__, partial(refuse_state, loader, change)) for loader, change in pairs])
 
 
 @pytest.mark.parametrize("name", ["none", "int", "str", "empty_list", "items", "function"])
@@ -1546,22 +1559,24 @@ def test_state_dict_for_a_layer_without_arrays(name):
     isolated(lambda: unchanged(ready(), lambda w: load_into_bare(w, STATES[name][0]({})), STATE_NAMES))
 
 
-@pytest.mark.parametrize("prefix", [None, 3, "wrong.", b"", ["a"]], ids=["none", "int", "wrong", "bytes", "list"])
+@pytest.mark.parametrize("prefix", [None, 3, "wrong.", b"", ["a"]], ids=repr)
 @pytest.mark.parametrize("loader", [load, from_torch])
 def test_prefix(loader, prefix):
-    isolated(lambda: unchanged(ready(), lambda w: loader(w, w.layer.state_dict(), prefix=prefix), STATE_NAMES))
+    def call(w):
+        loader(w, w.layer.state_dict(), prefix=prefix)
+
+    isolated(lambda: unchanged(ready(), call, STATE_NAMES))
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"eps": "1"}, {"axis": 1.5}, {"momentum": NAN}, {"num_threads": 0}, {"activation": "gelu"}, {"affine": 1}],
-    ids=lambda options: next(iter(options)),
+    ("name", "value"),
+    [("eps", "1"), ("axis", 1.5), ("momentum", NAN), ("num_threads", 0), ("affine", 1)],
 )
-def test_options_of_from_torch(options):
-    def run():
-        unchanged(ready(), lambda w: from_torch(w, w.layer.state_dict(), **options), next(iter(options)))
+def test_options_of_from_torch(name, value):
+    def call(w):
+        from_torch(w, w.layer.state_dict(), **{name: value})
 
-    isolated(run)
+    isolated(lambda: unchanged(ready(), call, name))
 
 
 # ---- layers -----------------------------------------------------------------------------------------
@@ -1650,6 +1665,10 @@ def train_on(change, **errstate):
     return run
 
 
+def sometimes(value):
+    return lambda x: np.where(x > 4, np.float32(value), x)
+
+
 def train_before_anything(make):
     """A refused call is not a mini-batch."""
 
@@ -1686,15 +1705,12 @@ def uninitialised():
 
 
 def copied(copies):
-    """A copy is a layer of its own, or an error."""
+    """A copy is a layer of its own."""
 
     def run():
         w = ready()
         assert_works(w, w.layer)
-        try:
-            other = copies(w.layer)
-        except TypeError:
-            return
+        other = copies(w.layer)
         assert_works(w, other)
         other.gamma = [9.0] * CHANNELS
         assert_works(w, w.layer)
@@ -1734,9 +1750,9 @@ LAYERS = {
     "train_on_1e30": train_on(lambda x: x * np.float32(1e30)),
     "train_on_1e30_where_overflow_raises": train_on(lambda x: x * np.float32(1e30), over="raise"),
     "train_on_1e_minus_30_where_underflow_raises": train_on(lambda x: x * np.float32(1e-30), under="raise"),
-    "train_on_infinity": train_on(lambda x: np.where(x > 4, np.float32(INF), x)),
-    "train_on_infinity_where_invalid_raises": train_on(lambda x: np.where(x > 4, np.float32(INF), x), invalid="raise"),
-    "train_on_nan": train_on(lambda x: np.where(x > 4, np.float32(NAN), x), all="raise"),
+    "train_on_infinity": train_on(sometimes(INF)),
+    "train_on_infinity_where_invalid_raises": train_on(sometimes(INF), invalid="raise"),
+    "train_on_nan": train_on(sometimes(NAN), all="raise"),
     "train_on_one_value": train_before_anything(lambda w: w.x[:1, :, :1]),
     "train_on_nothing": train_before_anything(lambda w: w.x[:0]),
     "train_on_float64": train_before_anything(lambda w: w.x.astype("f8")),
@@ -1794,9 +1810,12 @@ DICTS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in DICTS if not name.endswith("int_array")])
+@pytest.mark.parametrize("name", DICTS)
 def test_from_dict(name):
-    isolated(lambda: unchanged(ready(), lambda w: bn_c.BatchStats.from_dict(DICTS[name]), "values|count|mean|m2"))
+    def call(w):
+        bn_c.BatchStats.from_dict(DICTS[name])
+
+    isolated(lambda: unchanged(ready(), call, "values|count|mean|m2"))
 
 
 OTHERS = {
@@ -1821,7 +1840,7 @@ def test_merge(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_add(name):
     """Python itself words the error where the other is something else."""
-    isolated(lambda: unchanged(ready(), lambda w: w.stats + OTHERS[name], "other|unsupported operand|operand"))
+    isolated(lambda: unchanged(ready(), lambda w: w.stats + OTHERS[name], "other|.*operand"))
 
 
 def merge_large_counts(count):
@@ -1868,6 +1887,7 @@ def test_statistics(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.maxsize < 1 << 32, reason="no array of that size on 32-bit machines")
 def test_more_elements_than_an_int_counts():
     isolated(large_count)
 
@@ -1885,7 +1905,7 @@ def reload_with(variable, value, module):
         assert all(isa in str(error) for isa in bn_c.supported_isas()), error
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many", " ", "1e3", "0x2", "nan", "9" * 5000])
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many", " ", "1e3", "0x2", "nan"])
 def test_threads_of_environment(value):
     isolated(reload_with, "BN_C_NUM_THREADS", value, _threads)
 
@@ -2048,6 +2068,8 @@ RACES = {
 @pytest.mark.parametrize("name", RACES)
 def test_race(name):
     call, changes = RACES[name]
+    if changes is RESHAPES and not GIL:
+        pytest.skip("without the GIL, NumPy itself does not survive this")
     if name == "layer_while_mode_changes":
         # Training moves the running statistics, so the results of no two calls are the same.
         return isolated(lambda: race(larger, lambda w: np.zeros(call(w).shape), changes))
@@ -2063,7 +2085,7 @@ def train_from_threads():
 
 
 class Between:
-    """Lets something happen before the n-th bytecode of a call, the package's or NumPy's, as another thread could."""
+    """Lets something happen before the n-th bytecode of a call, as another thread could."""
 
     def __init__(self, n, happen):
         self.left, self.happen = n, happen
@@ -2150,7 +2172,8 @@ SWITCHES = {
         for face in (batch, inference, statistics, new_stats, slow, short)
         for name, shape in (("permuted", (5, 3, 4)), ("merged", (15, 4)), ("flattened", (60,)))
     },
-    **{f"{face.__name__}_x_reshaped_with_out": (ready, with_out(face), reshape(5, 3, 4)) for face in (batch, layer)},
+    "batch_x_reshaped_with_out": (ready, with_out(batch), reshape(5, 3, 4)),
+    "layer_x_reshaped_with_out": (ready, with_out(layer), reshape(5, 3, 4)),
     "inference_gamma_reshaped": (without_out, inference, lambda w: setattr(w.gamma, "shape", (3, 1))),
     "inference_mean_reshaped": (without_out, inference, lambda w: setattr(w.mean, "shape", (1, 3))),
     "layer_gamma": (without_out, slow, set_layer("gamma", [3.0, 2.0, 1.0])),
@@ -2178,7 +2201,7 @@ def test_switch_of_threads(name):
 
 
 def short_layer_and_several_assignments():
-    """The result is that of a state that the layer has been in, not of a part of one and a part of another."""
+    """The result is that of a state that the layer has been in, not parts of two."""
     w, expected = folded(), []
     for change in (lambda w: None, set_layer("gamma", [3.0, 2.0, 1.0]), set_layer("activation", "relu")):
         change(w)
