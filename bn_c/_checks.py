@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -29,6 +29,15 @@ def shape(sizes: Iterable[int]) -> str:
     return f"({', '.join(map(str, sizes))})"
 
 
+def said(value: object) -> str:
+    """What came, on one short line."""
+    try:
+        text = repr(value)
+    except Exception:
+        return kind(value)
+    return " ".join(text.split())[:60]
+
+
 def kind(value: object) -> str:
     """What came, in a word or two."""
     return type(value).__name__
@@ -46,10 +55,23 @@ def array(name: str, value: Any) -> NDArray[Any]:
         shares = hasattr(value, "__array__") or not hasattr(value, "__dlpack__")
         result = np.asarray(value) if shares else np.from_dlpack(value)
     except Exception as error:
-        raise TypeError(f"{name}: expected a NumPy array or a buffer, got {kind(value)} ({error})") from error
+        raise TypeError(f"{name}: expected a NumPy array or a buffer, got {kind(value)} ({why(error)})") from error
     if result.ndim == 0:
         raise TypeError(f"{name}: expected a NumPy array or a buffer, got {kind(value)}")
     return result
+
+
+def out(value: Any) -> NDArray[Any] | None:
+    """As `optional_array`, and what is written there is not lost in a copy."""
+    result = optional_array("out", value)
+    if result is not None and result is not value and result.size and not share_memory(array("out", value), result):
+        raise TypeError(f"out: expected a NumPy array or a buffer, got {kind(value)}, which makes a copy")
+    return result
+
+
+def why(error: Exception) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())
 
 
 def optional_array(name: str, value: Any) -> NDArray[Any] | None:
@@ -76,7 +98,7 @@ def wrong_dtype(name: str, value: NDArray[Any], integers: bool) -> Exception:
     if value.dtype.isnative is False and value.dtype.kind in "fiu":
         return TypeError(f"{name}: expected native byte order, got {value.dtype.str}")
     hint = f"; pass {name}.astype(np.float32)" if value.dtype.kind in "fiub" and name != "out" else ""
-    return TypeError(f"{name}: expected {ACTIVATION_FORMS}, got {value.dtype}{hint}")
+    return TypeError(f"{name}: expected {expected}, got {value.dtype}{hint}")
 
 
 def share_memory(a: NDArray[Any], b: NDArray[Any]) -> bool:
@@ -91,7 +113,10 @@ def number(name: str, value: Any) -> float:
     """A real number, not a bool."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {kind(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except Exception as error:
+        raise ValueError(f"{name}: expected a number that float holds, got {said(value)}") from error
 
 
 def eps(value: Any) -> float:
@@ -131,7 +156,7 @@ def axis(value: Any) -> int:
     """An axis; whether x has it is checked with x."""
     result = integer("axis", value)
     if not -32 <= result < 32:
-        raise ValueError(f"axis: expected -32 to 31, got {result}")
+        raise ValueError(f"axis: expected -32 to 31, got {said(result)}")
     return result
 
 
@@ -139,16 +164,48 @@ def num_threads(value: Any) -> int:
     """A positive number of threads. More than could be of use are as good as many."""
     result = integer("num_threads", value)
     if result < 1:
-        raise ValueError(f"num_threads: expected at least 1, got {result}")
+        raise ValueError(f"num_threads: expected at least 1, got {said(result)}")
     return min(result, 256)
+
+
+def count(name: str, value: Any) -> int:
+    """An integer from 0 to what int64 holds."""
+    result = integer(name, value)
+    if not 0 <= result < 1 << 63:
+        raise ValueError(f"{name}: expected an integer from 0 to 2^63 - 1, got {said(result)}")
+    return result
+
+
+def num_features(value: Any) -> int:
+    """A number of channels."""
+    result = count("num_features", value)
+    if result >= 1 << 31:
+        raise ValueError(f"num_features: expected an integer below 2^31, got {said(result)}")
+    return result
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """A dict or something like it."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected a mapping, got {kind(value)}")
+    return value
 
 
 def channels(x: NDArray[Any], at: int) -> int:
     """How many channels x has."""
-    if not -x.ndim <= at < x.ndim:
-        hint = ": a rank-1 x is one sample, pass axis=0 or -1" if x.ndim == 1 else ""
-        raise ValueError(f"axis: expected {-x.ndim} to {x.ndim - 1} for x of shape {shape(x.shape)}, got {at}{hint}")
-    return int(x.shape[at])
+    sizes = x.shape
+    if not -len(sizes) <= at < len(sizes):
+        raise wrong_axis(at, sizes)
+    return int(sizes[at])
+
+
+def wrong_axis(at: int, sizes: Sequence[int]) -> ValueError:
+    """The error for an axis that x does not have."""
+    n = len(sizes)
+    if n == 0:
+        return ValueError("x: expected at least one dimension, got 0")
+    hint = ": a rank-1 x is one sample, pass axis=0 or -1" if n == 1 else ""
+    return ValueError(f"axis: expected {-n} to {n - 1} for x of shape {shape(sizes)}, got {at}{hint}")
 
 
 def vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]]:
@@ -160,7 +217,7 @@ def vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]]:
     try:
         result = np.asarray(value)
     except Exception as error:
-        raise TypeError(f"{name}: expected {channels} real numbers, got {kind(value)} ({error})") from error
+        raise TypeError(f"{name}: expected {channels} real numbers, got {kind(value)} ({why(error)})") from error
     integers = result.dtype.kind in "iu" and isinstance(value, (list, tuple))
     if result.dtype.kind != "f" and not integers:
         raise TypeError(f"{name}: expected real floating-point numbers, got {kind(value)} of {result.dtype}")
@@ -181,7 +238,7 @@ def out_dtype(value: Any) -> np.dtype[Any] | None:
     try:
         result: np.dtype[Any] = np.dtype(value)
     except Exception as error:
-        raise TypeError(f"dtype: expected {FLOAT_DTYPES}, got {value!r:.60}") from error
+        raise TypeError(f"dtype: expected {FLOAT_DTYPES}, got {said(value)}") from error
     if result not in (np.float32, np.float16) or not result.isnative:
         raise TypeError(f"dtype: expected {FLOAT_DTYPES}, got {result}")
     return result
@@ -191,10 +248,12 @@ def activation(value: Any) -> Activation:
     """What the loops do after scale and shift: its kind, and low and high, or the slope as low."""
     if value is None or isinstance(value, str):
         if value not in ACTIVATIONS:
-            raise ValueError(f"activation: expected {ACTIVATION_FORMS}, got {value!r:.60}")
+            raise ValueError(f"activation: expected {ACTIVATION_FORMS}, got {said(value)}")
         return ACTIVATIONS[value]
     if not isinstance(value, tuple):
         raise TypeError(f"activation: expected {ACTIVATION_FORMS}, got {kind(value)}")
+    if not value or not isinstance(value[0], str):
+        raise ValueError(f"activation: expected {ACTIVATION_FORMS}, got {said(value)}")
     if len(value) == 2 and value[0] == "leaky_relu":
         slope = number("activation slope", value[1])
         if not math.isfinite(slope):
@@ -205,4 +264,4 @@ def activation(value: Any) -> Activation:
         if not low <= high:
             raise ValueError(f"activation: expected low <= high to clip to, got {low} and {high}")
         return "clip", low, high
-    raise ValueError(f"activation: expected {ACTIVATION_FORMS}, got {value!r:.60}")
+    raise ValueError(f"activation: expected {ACTIVATION_FORMS}, got {said(value)}")

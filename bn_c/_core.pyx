@@ -19,6 +19,8 @@ from bn_c._layout cimport (
     is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, size_of, take, take_channels,
 )
 
+import sys
+
 import numpy as np
 
 from bn_c import _checks, _threads
@@ -37,6 +39,7 @@ cdef enum:
     PIECE = 1 << 18             # elements of a piece whose statistics are taken on their own
     UNIT = 1 << 19              # bytes of channels normalised right after their statistics: they are still in L2
 
+cdef char NATIVE = ord("<" if sys.byteorder == "little" else ">")
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t stream_from = 32 << 20
 cdef object ndarray = np.ndarray
@@ -65,6 +68,9 @@ cdef struct Arrays:
 
 
 cdef int type_code(const char *format) noexcept:
+    # The byte order is spelt out where a dtype does so, and where data is unaligned.
+    if format != NULL and (format[0] == NATIVE or format[0] == b"="):
+        format += 1
     if format == NULL or format[0] == 0 or format[1] != 0:
         return ABSENT
     if format[0] == b"f":
@@ -174,7 +180,7 @@ cdef int no_self_overlap(const Py_buffer *view) except -1:
 
 cdef int channel_axis(Py_ssize_t axis, const Py_buffer *x) except -1:
     if axis < -x.ndim or axis >= x.ndim:
-        raise ValueError(f"axis: expected {-x.ndim} to {x.ndim - 1} for x of {x.ndim} dimensions, got {axis}")
+        raise _checks.wrong_axis(axis, [x.shape[d] for d in range(x.ndim)])
     return <int> (axis + x.ndim if axis < 0 else axis)
 
 
@@ -246,6 +252,10 @@ cdef class Folded:
     cdef double[:, ::1] exact
     cdef float *rounded
     cdef Coefficients k
+    # Of the layer that keeps it.
+    cdef Activation activation
+    cdef Py_ssize_t axis
+    cdef int threads
 
     def __cinit__(self, Py_ssize_t channels, gamma=None, beta=None):
         self.channels = channels
@@ -266,7 +276,7 @@ cdef class Folded:
     cdef int fill(self, int row, values, double absent) except -1:
         cdef Py_ssize_t c
         if values is not None:
-            self.table[row] = values
+            self.table[row, :self.channels] = values
             return 0
         for c in range(self.channels):
             self.exact[row, c] = absent
@@ -274,8 +284,8 @@ cdef class Folded:
 
     def fold(self, mean, var, double eps):
         """Takes the statistics to normalise with; returns itself."""
-        self.table[MEAN] = mean
-        self.table[VAR] = var
+        self.table[MEAN, :self.channels] = mean
+        self.table[VAR, :self.channels] = var
         self.fold_statistics(eps)
         return self
 
@@ -469,6 +479,8 @@ cdef object forward(
         if out is None:
             out = new_out(x, job.x.type, dtype)
             take_array(&arrays.out, &job.out, "out", out, True, False)
+            # NumPy allocates with Python's help, where another thread may reshape x.
+            same_shape("out", &arrays.out, &arrays.x)
         else:
             take_given_out(&arrays, job, x, residual, out, dtype)
         size = elements(&arrays.x)
@@ -527,8 +539,8 @@ def moments(x, Py_ssize_t axis, channels, int threads):
 
 
 def merge(
-    double[::1] mean, double[::1] m2, Py_ssize_t count,
-    const double[::1] other_mean, const double[::1] other_m2, Py_ssize_t other_count,
+    double[::1] mean, double[::1] m2, double count,
+    const double[::1] other_mean, const double[::1] other_m2, double other_count,
 ):
     """Moments of `count` elements become those of both parts."""
     cdef Py_ssize_t c
@@ -539,25 +551,24 @@ def merge(
 cdef class Layer:
     """What a layer is between two calls with the same parameters: ready for x and out.
 
-    `_forward` of the subclass takes every other call; it folds the parameters, and `_use` keeps them until
-    `_ready` is set to None again.
+    `_forward` of the subclass takes every other call; it folds the parameters, and `_keep` takes the result for
+    the calls to come, unless the layer has got another `_version` since.
     """
     cdef public Folded _ready
-    cdef Activation ready_activation
-    cdef Py_ssize_t ready_axis
-    cdef int ready_threads
+    cdef public object _version
 
-    def _use(self, Folded folded, activation, Py_ssize_t axis, int threads):
+    def _keep(self, Folded folded, version, activation, Py_ssize_t axis, int threads):
         """From now on, calls with just x and out normalise with `folded`; 0 threads are the default's."""
-        self.ready_activation = as_activation(activation)
-        self.ready_axis = axis
-        self.ready_threads = threads
-        self._ready = folded
+        folded.activation = as_activation(activation)
+        folded.axis = axis
+        folded.threads = threads
+        if version is self._version:
+            self._ready = folded
 
     def __call__(self, x, *, residual=None, dtype=None, out=None):
         cdef Folded folded = self._ready
         if folded is None or type(x) is not ndarray or residual is not None or dtype is not None \
                 or (out is not None and type(out) is not ndarray):
             return self._forward(x, residual, dtype, out)
-        cdef int threads = self.ready_threads or _threads.get_num_threads()
-        return forward(x, folded, &self.ready_activation, self.ready_axis, None, None, out, threads, 0, False)
+        cdef int threads = folded.threads or _threads.get_num_threads()
+        return forward(x, folded, &folded.activation, folded.axis, None, None, out, threads, 0, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 import bn_c
 
@@ -19,8 +20,15 @@ def _info(_: argparse.Namespace) -> None:
     bn_c.show_config()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bn-c", description="Batch normalization, forward, on the CPU.")
+    parser = _Parser(prog="bn-c", description="Batch normalization, forward, on the CPU.")
     parser.add_argument("--version", action="version", version=f"bn-c {bn_c.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, summary, example in (

@@ -33,7 +33,7 @@ def _options(activation: Any, axis: int, residual: Any, dtype: Any, out: Any, nu
         axis,
         _checks.optional_array("residual", residual),
         _checks.out_dtype(dtype),
-        _checks.optional_array("out", out),
+        _checks.out(out),
         _threads.resolve(num_threads),
     )
 
@@ -125,6 +125,7 @@ def batch_norm(
         Naming the argument, what was expected and what came; nothing is written then. ValueError also if x has
         no element per channel.
     """
+    return_stats = _checks.flag("return_stats", return_stats)
     x, axis, folded = _prepare(x, axis, gamma, beta)
     options = _options(activation, axis, residual, dtype, out, num_threads)
     y = _core.normalize_batch(x, folded, _checks.eps(eps), *options)

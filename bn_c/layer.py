@@ -24,7 +24,8 @@ class _PerChannel:
         self.name = name
 
     def __get__(self, layer: BatchNorm, owner: type) -> Any:
-        return layer._arrays.get(self.name)
+        array = layer._arrays.get(self.name)
+        return None if array is None else array.view()
 
     def __set__(self, layer: BatchNorm, value: ArrayLike) -> None:
         if self.name not in layer._arrays:
@@ -95,20 +96,18 @@ class BatchNorm(_core.Layer):
         training: bool = False,
         num_threads: int | None = 1,
     ) -> None:
-        channels = _checks.integer("num_features", num_features)
-        if channels < 0:
-            raise ValueError(f"num_features: expected an integer >= 0, got {channels}")
+        channels = _checks.num_features(num_features)
         self._num_features = channels
         self._axis = _checks.axis(axis)
         self._unbiased_running_var = _checks.flag("unbiased_running_var", unbiased_running_var)
         self._allow_single_value = _checks.flag("allow_single_value", allow_single_value)
+        self._arrays: dict[str, Floats] = {}
         self.eps = eps
         self.momentum = momentum
         self.activation = activation
         self.num_threads = num_threads
         self.training = training
         self._num_batches_tracked = 0
-        self._arrays: dict[str, Floats] = {}
         if _checks.flag("affine", affine):
             self._assign({"gamma": np.ones(channels), "beta": np.zeros(channels)})
         if _checks.flag("track_running_stats", track_running_stats):
@@ -185,10 +184,7 @@ class BatchNorm(_core.Layer):
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: int) -> None:
-        count = _checks.integer("num_batches_tracked", value)
-        if count < 0:
-            raise ValueError(f"num_batches_tracked: expected an integer >= 0, got {count}")
-        self._num_batches_tracked = count
+        self._num_batches_tracked = _checks.count("num_batches_tracked", value)
 
     @property
     def training(self) -> bool:
@@ -210,17 +206,20 @@ class BatchNorm(_core.Layer):
         return self.train(False)
 
     def _forget(self) -> None:
+        """Something that calls depend on has changed; what a running call has folded is not to be kept."""
+        self._version = object()
         self._ready = None
 
     def _forward(self, x: Any, residual: Any, dtype: Any, out: Any) -> NDArray[Any]:
         """Any call that is not just x and out with statistics already folded."""
         x = _checks.array("x", x)
+        version = self._version
         options = (
             self._checked_activation,
             self._axis,
             _checks.optional_array("residual", residual),
             _checks.out_dtype(dtype),
-            _checks.optional_array("out", out),
+            _checks.out(out),
             _threads.resolve(self._num_threads),
         )
         if self._training or "running_mean" not in self._arrays:
@@ -228,13 +227,14 @@ class BatchNorm(_core.Layer):
         else:
             folded = self._ready
             if folded is None:
-                folded = self._parameters().fold(self.running_mean, self.running_var, self._eps)
-                self._use(folded, self._checked_activation, self._axis, self._num_threads or 0)
+                arrays = self._arrays.copy()
+                folded = self._parameters(arrays).fold(arrays["running_mean"], arrays["running_var"], self._eps)
+                self._keep(folded, version, self._checked_activation, self._axis, self._num_threads or 0)
             y = _core.normalize(x, folded, *options)
         return y if out is None else out
 
-    def _parameters(self) -> _core.Folded:
-        return _core.Folded(self._num_features, self.gamma, self.beta)
+    def _parameters(self, arrays: Mapping[str, Floats]) -> _core.Folded:
+        return _core.Folded(self._num_features, arrays.get("gamma"), arrays.get("beta"))
 
     def _normalize_batch(self, x: NDArray[Any], options: tuple[Any, ...]) -> NDArray[Any]:
         if self._training and not self._allow_single_value:
@@ -244,7 +244,7 @@ class BatchNorm(_core.Layer):
                     f"x: expected more than one value per channel in training mode, got shape "
                     f"{_checks.shape(x.shape)}; allow_single_value=True takes it"
                 )
-        folded = self._parameters()
+        folded = self._parameters(self._arrays.copy())
         y = _core.normalize_batch(x, folded, self._eps, *options)
         if self._training and "running_mean" in self._arrays:
             self._track(BatchStats.of(*folded.statistics()))
@@ -258,7 +258,8 @@ class BatchNorm(_core.Layer):
         if batch.count > 1:
             var = batch.unbiased_var if self._unbiased_running_var else batch.var
             update["running_var"] = (1 - weight) * running_var.astype(np.float64) + weight * var
-        self._assign(update)
+        with np.errstate(all="ignore"):
+            self._assign(update)
         self._num_batches_tracked = seen
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
@@ -276,20 +277,18 @@ class BatchNorm(_core.Layer):
         Other keys, and a missing num_batches_tracked, are ignored. Values may be arrays, lists or CPU tensors.
         Raises TypeError or ValueError, and changes nothing, if a key is missing or a value does not fit.
         """
+        state = _state(state, prefix)
         values = {}
         for key, name in TORCH_KEYS.items():
             if name in self._arrays:
                 if prefix + key not in state:
                     raise ValueError(f"state: expected a key {prefix + key!r}, got {_checks.names(state)}")
                 values[name] = state[prefix + key]
-        count = state.get(prefix + COUNTER, self._num_batches_tracked)
-        before = self._num_batches_tracked
-        self.num_batches_tracked = int(np.asarray(count)) if np.ndim(count) == 0 else count
-        try:
-            self._assign(values)
-        except Exception:
-            self._num_batches_tracked = before
-            raise
+        count = self._num_batches_tracked
+        if prefix + COUNTER in state:
+            count = _checks.count(COUNTER, state[prefix + COUNTER])
+        self._assign(values)
+        self._num_batches_tracked = count
 
     @classmethod
     def from_torch(cls, state: Mapping[str, Any], prefix: str = "", **options: Any) -> BatchNorm:
@@ -304,11 +303,20 @@ class BatchNorm(_core.Layer):
         options
             As in the constructor: `eps`, which is not in a state dict, `momentum`, `axis`, `activation` ...
         """
+        state = _state(state, prefix)
         found = {name: state[prefix + key] for key, name in TORCH_KEYS.items() if prefix + key in state}
         if not found:
             raise ValueError(f"state: expected keys such as {prefix + 'running_mean'!r}, got {_checks.names(state)}")
-        defaults = {"affine": "gamma" in found, "track_running_stats": "running_mean" in found}
-        layer = cls(len(next(iter(found.values()))), **{**defaults, **options})
+        defaults = {
+            "affine": "gamma" in found or "beta" in found,
+            "track_running_stats": "running_mean" in found or "running_var" in found,
+        }
+        name, first = next(iter(found.items()))
+        try:
+            channels = len(first)
+        except TypeError as error:
+            raise TypeError(f"{name}: expected one value per channel, got {_checks.kind(first)}") from error
+        layer = cls(channels, **{**defaults, **options})
         layer.load_state_dict(state, prefix)
         return layer
 
@@ -332,6 +340,12 @@ class BatchNorm(_core.Layer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (type(self), self.num_features, self._options(), self._arrays, self._num_batches_tracked)
+
+
+def _state(state: Any, prefix: Any) -> Mapping[str, Any]:
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a string, got {_checks.kind(prefix)}")
+    return _checks.mapping("state", state)
 
 
 def _rebuilt(

@@ -41,9 +41,7 @@ class BatchStats:
     _m2: Doubles
 
     def __init__(self, num_features: int) -> None:
-        channels = _checks.integer("num_features", num_features)
-        if channels < 0:
-            raise ValueError(f"num_features: expected an integer >= 0, got {channels}")
+        channels = _checks.num_features(num_features)
         self._set(0, np.zeros(channels), np.zeros(channels))
 
     @classmethod
@@ -143,16 +141,15 @@ class BatchStats:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BatchStats:
         """What `to_dict` returned. Raises TypeError or ValueError if it is anything else."""
+        values = _checks.mapping("values", values)
         try:
             count, mean, m2 = (values[key] for key in ("count", "mean", "m2"))
             channels = len(mean)
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"values: expected count, mean and m2 as to_dict() gives them, got {values!r:.60}"
+                f"values: expected count, mean and m2 as to_dict() gives them, got {_checks.said(values)}"
             ) from error
-        count = _checks.integer("count", count)
-        if count < 0:
-            raise ValueError(f"count: expected an integer >= 0, got {count}")
+        count = _checks.count("count", count)
         mean, m2 = (
             np.array(_checks.vector(name, value, channels), np.float64) for name, value in (("mean", mean), ("m2", m2))
         )
