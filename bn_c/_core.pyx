@@ -325,8 +325,9 @@ cdef enum Task:
 
 
 cdef struct Work:
-    Job job
     int task
+    Job job                 # of NORMALIZE and BOTH
+    Job statistics          # of MOMENTS and BOTH: x laid out by itself, so that their bits depend on x alone
     double *mean            # of MOMENTS
     double *m2
     double *var             # of BOTH
@@ -335,14 +336,16 @@ cdef struct Work:
 
 
 cdef void normalize_units(const Work *work) noexcept nogil:
-    cdef Job unit
+    cdef Job unit, statistics
     cdef Py_ssize_t start = 0, stop, c
     cdef Py_ssize_t step = max(<Py_ssize_t> 1, <Py_ssize_t> (UNIT / (work.count * 4)))
     while start < work.job.channels:
         stop = min(start + step, work.job.channels)
         unit = work.job
+        statistics = work.statistics
         take_channels(&unit, start, stop)
-        kernels.moments(&unit, unit.coefficients.mean, work.var + start)
+        take_channels(&statistics, start, stop)
+        kernels.moments(&statistics, unit.coefficients.mean, work.var + start)
         for c in range(start, stop):
             work.var[c] /= work.count
         kernels.fold(&unit.coefficients, unit.channels, work.var + start, work.eps)
@@ -356,7 +359,7 @@ cdef void run(const Work *work) noexcept nogil:
     if work.task == NORMALIZE:
         kernels.normalize(&work.job)
     elif work.task == MOMENTS:
-        kernels.moments(&work.job, work.mean, work.m2)
+        kernels.moments(&work.statistics, work.mean, work.m2)
     else:
         normalize_units(work)
     bn_fp_leave(&state)
@@ -373,21 +376,29 @@ cdef class Part:
 
 cdef Part part_of(const Work *work, int loop, Py_ssize_t index, Py_ssize_t parts):
     cdef Part part = Part.__new__(Part)
-    cdef Py_ssize_t length = loop_length(&work.job, loop)
+    cdef Py_ssize_t length = loop_length(&work.statistics if work.task == MOMENTS else &work.job, loop)
+    cdef Py_ssize_t start = index * length // parts, stop = (index + 1) * length // parts
     part.work = work[0]
-    take(&part.work.job, loop, index * length // parts, (index + 1) * length // parts)
-    if work.task == BOTH:
-        part.work.var += index * length // parts
+    if work.task != MOMENTS:
+        take(&part.work.job, loop, start, stop)
+    if work.task != NORMALIZE:
+        take(&part.work.statistics, loop, start, stop)
+    if loop == CHANNELS and work.task == MOMENTS:
+        part.work.mean += start
+        part.work.m2 += start
+    elif loop == CHANNELS and work.task == BOTH:
+        part.work.var += start
     return part
 
 
 cdef int run_parts(const Work *work, int loop, int threads) except -1:
     """Runs all of the work; with several threads, in parts of one of its loops."""
+    cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
     cdef Py_ssize_t parts
-    if threads > 1 and size_of(&work.job) >= PARALLEL:
-        parts = min(4 * <Py_ssize_t> threads, loop_length(&work.job, loop))
+    if threads > 1 and size_of(job) >= PARALLEL:
+        parts = min(4 * <Py_ssize_t> threads, loop_length(job, loop))
         _threads.run([part_of(work, loop, index, parts) for index in range(parts)], threads)
-    elif size_of(&work.job) >= RELEASE_GIL:
+    elif size_of(job) >= RELEASE_GIL:
         with nogil:
             run(work)
     else:
@@ -401,7 +412,7 @@ cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) e
     Many planes are independent channels. Rows, and few planes, are cut into pieces of a fixed size, whose
     moments are merged in order.
     """
-    cdef const Job *job = &work.job
+    cdef const Job *job = &work.statistics
     cdef Py_ssize_t count = size_of(job) // job.channels, done = 0, piece_count, index, c
     cdef int loop = longest_loop(job)
     cdef Py_ssize_t pieces = min(size_of(job) // PIECE, loop_length(job, loop))
@@ -423,7 +434,7 @@ cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) e
     _threads.run(parts, threads)
     for index in range(pieces):
         part = parts[index]
-        piece_count = size_of(&part.work.job) // job.channels
+        piece_count = size_of(&part.work.statistics) // job.channels
         for c in range(job.channels):
             if done == 0:
                 mean[c] = moments[index, 0, c]
@@ -495,6 +506,9 @@ cdef object forward(
         job.activation = activation[0]
         job.stream = arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
         if batch:
+            work.statistics.x = job.x
+            work.statistics.out.data = work.statistics.residual.data = NULL
+            lay_out(&work.statistics, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, NULL, NULL)
             run_batch(&work, folded, eps, threads)
         else:
             work.task = NORMALIZE
@@ -520,7 +534,7 @@ def moments(x, Py_ssize_t axis, channels, int threads):
     """Elements per channel, and the mean and the sum of squared deviations of each."""
     cdef Arrays arrays
     cdef Work work
-    cdef Job *job = &work.job
+    cdef Job *job = &work.statistics
     cdef double[:, ::1] result
     cdef Py_ssize_t count = 0
     memset(&arrays, 0, sizeof(arrays))

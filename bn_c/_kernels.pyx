@@ -730,8 +730,8 @@ cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double e
         scale = k.gamma[c] / k.std[c]
         k.center[c] = <float> k.mean[c]
         shift = k.beta[c] - (k.mean[c] - k.center[c]) * scale
-        safe = (fabs(scale) >= 1e-30 or scale == 0) and fabs(scale) <= 1e30 \
-            and fabs(k.mean[c]) <= 1e30 and fabs(shift) <= 1e37
+        safe = (fabs(scale) >= 1e-30 or scale == 0) and fabs(scale) <= 1e30 and fabs(k.mean[c]) <= 1e30 \
+            and (fabs(shift) >= 1e-37 or shift == 0) and fabs(shift) <= 1e37
         wide |= not safe
         k.scale[c] = <float> scale if safe else NOT_A_NUMBER
         k.shift[c] = <float> shift

@@ -27,7 +27,7 @@ SMALLEST_EXPONENT = {2: -13, 4: -125}
 
 # Lengths around every number of lanes, block and buffer, primes, and one.
 LANES = sorted({1, 97, 251, *(lanes + d for lanes in (4, 8, 16, 32, 64) for d in (-1, 0, 1))})
-BLOCKS = sorted(length + d for length in (256, 1024, 4096) for d in (-1, 0, 1))
+BLOCKS = sorted(length + d for length in (256, 512, 1024, 4096) for d in (-1, 0, 1))
 
 
 def others(ndim, axis):

@@ -34,8 +34,9 @@ def parameters(rng, channels, dtype="f4"):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("size", LANES + BLOCKS)
-def test_length_of_planes(isa, batch, size, dtype, rng):
-    check(values(rng, (2, 3, size), dtype), batch=batch, **parameters(rng, 3))
+@pytest.mark.parametrize("samples", [2, 5])
+def test_length_of_planes(isa, batch, samples, size, dtype, rng):
+    check(values(rng, (samples, 3, size), dtype), batch=batch, **parameters(rng, 3))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -50,21 +51,25 @@ def test_number_of_rows_of_few_channels(isa, batch, rows, channels, rng):
     check(values(rng, (rows, channels)), batch=batch, **parameters(rng, channels))
 
 
-@pytest.mark.parametrize("outer", [(2, 2), (64, 1), (65, 2), (130, 3)])
-def test_many_short_planes(isa, batch, outer, rng):
-    """Blocks are filled from several planes."""
+@pytest.mark.parametrize("outer", [(2, 2), (64, 1), (65, 2), (130, 3), (4, 67), (7, 301)])
+@pytest.mark.parametrize("plane", [2, 16, 49, 97])
+def test_many_short_planes(isa, batch, outer, plane, rng):
+    """Blocks are filled from several planes, and several are normalised at once."""
     samples, channels = outer
-    check(values(rng, (samples, channels, 97)), batch=batch, **parameters(rng, channels))
+    x, residual = values(rng, (samples, channels, plane)), values(rng, (samples, channels, plane), "f2")
+    check(x, batch=batch, residual=residual, **parameters(rng, channels))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 401, 403), (3, 40, 61, 67), (1, 1, 1000, 1001)])
-def test_more_than_one_cache_of_planes(isa, batch, shape, rng):
-    check(values(rng, shape), batch=batch, **parameters(rng, shape[1]))
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 3, 401, 403), (3, 40, 61, 67), (1, 1, 1000, 1001), (700, 7, 127)])
+def test_more_than_one_cache_of_planes(isa, batch, shape, num_threads, rng):
+    check(values(rng, shape), batch=batch, num_threads=num_threads, **parameters(rng, shape[1]))
 
 
-@pytest.mark.parametrize("shape", [(4001, 50), (50000, 3), (300, 1031)])
-def test_more_than_one_cache_of_rows(isa, batch, shape, rng):
-    check(values(rng, shape), batch=batch, axis=-1, **parameters(rng, shape[1]))
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("shape", [(10_001, 60), (200_003, 3), (300, 2031), (3, 200_003)])
+def test_more_than_one_cache_of_rows(isa, batch, shape, num_threads, rng):
+    check(values(rng, shape), batch=batch, axis=-1, num_threads=num_threads, **parameters(rng, shape[1]))
 
 
 AXES = [(ndim, axis) for ndim in range(1, 7) for axis in range(-ndim, ndim)]
@@ -528,7 +533,16 @@ def test_random_case(seed, batch):
 @pytest.mark.parametrize("x_dtype", ["f4", "f2", "u1"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    "shape", [(5, 4, 911, 1021), (19_530_011, 1), (101, 193_373), (6_510_007, 3), (1, 21, 930_011)]
+    "shape",
+    [
+        (5, 4, 911, 1021),
+        (19_530_011, 1),
+        (101, 193_373),
+        (6_510_007, 3),
+        (1, 21, 930_011),
+        (30_001, 8, 7, 11),
+        (300_007, 64),
+    ],
 )
 def test_outputs_larger_than_caches_are_those_of_their_parts(isa, x_dtype, dtype, shape):
     """Stores may then go around the caches, in whole lines; no length here is a multiple of a line."""

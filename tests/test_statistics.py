@@ -73,6 +73,18 @@ def test_tall_input(isa, rng):
     assert_exact(values(rng, (100_003, 4), "f4", 1013))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
+@pytest.mark.parametrize(
+    "shape", [(2, 30, 101, 103), (1, 1, 801, 1009), (700, 7, 127), (100_003, 7), (1031, 517), (3, 200_003)]
+)
+def test_several_threads(isa, shape, dtype, num_threads, rng):
+    x = values(rng, shape, dtype, 100)
+    assert_exact(x, num_threads=num_threads)
+    _, stats = bn_c.batch_norm(x, return_stats=True, num_threads=num_threads)
+    assert_statistics(stats, x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("offset", [1013, 1e6])
 @pytest.mark.parametrize("layout", ["rows", "columns", "one_plane"])
