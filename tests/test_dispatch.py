@@ -25,6 +25,7 @@ def run(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**inherited, "PYTHONPATH": path, **environment},
+        cwd=path,  # not where a source tree may shadow what is installed
         capture_output=True,
         text=True,
         timeout=300,
