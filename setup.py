@@ -5,6 +5,10 @@ import sysconfig
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.egg_info import manifest_maker
+
+# What the sdist holds besides the package; the usual MANIFEST.in would be one more file at the top.
+manifest_maker.template = ".manifest"
 
 # Each instruction set and the compiler flags that only its own kernel module may see, baseline first.
 ISAS = {
@@ -56,5 +60,5 @@ setup(
         # A compiler too old for a set leaves it out; `bn_c.supported_isas()` then does not list it.
         *(extension(f"_kernels_{isa}", "_kernels", flags, optional=bool(flags)) for isa, flags in isas.items()),
     ],
-    options={"sdist": {"template": ".manifest"}} | ({"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {}),
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {},
 )

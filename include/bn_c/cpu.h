@@ -16,6 +16,8 @@
 
 static inline int bn_cpu_runs(const char *isa)
 {
+    if (strcmp(isa, "generic") == 0)
+        return 1;
 #if defined(__x86_64__)
     if (strcmp(isa, "x86_64") == 0)
         return 1;
@@ -27,12 +29,11 @@ static inline int bn_cpu_runs(const char *isa)
     if (strcmp(isa, "x86_64_v4") == 0)
         return __builtin_cpu_supports("x86-64-v4") != 0;
 #endif
-    return 0;
 #elif defined(__aarch64__)
-    return strcmp(isa, "aarch64") == 0;
-#else
-    return strcmp(isa, "generic") == 0;
+    if (strcmp(isa, "aarch64") == 0)
+        return 1;
 #endif
+    return 0;
 }
 
 /* The loops run rounding to nearest, with subnormals, and leave the caller's modes and flags as they were. */
