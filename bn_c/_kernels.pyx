@@ -19,7 +19,7 @@ d. `x == y` is told apart from `x != y` because only then does the compiler know
    overlap; literal arguments of inlined functions make one loop for each case out of one source.
 """
 
-from libc.math cimport fabs, sqrt
+from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
 from libc.string cimport memcpy
 
@@ -31,7 +31,11 @@ from bn_c._layout cimport (
 )
 
 cdef extern from "bn_c/half.h" nogil:
+    bint BN_CONVERTS_HALVES
     void bn_floats_from_halves(const uint16_t *halves, float *floats, Py_ssize_t n)
+    Py_ssize_t bn_normalize_halves(
+        const uint16_t *x, uint16_t *y, Py_ssize_t n, const float *center, const float *scale, const float *shift,
+        int step, float low, float high, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
 
 cdef extern from "bn_c/stream.h" nogil:
@@ -230,6 +234,19 @@ cdef void normalize_channels(
     normalize_located(x, residual, y, n, center, scale, shift, 1, activation)
 
 
+cdef Py_ssize_t normalize_halves(
+    const Job *job, const Place *at, Py_ssize_t n, const float *center, const float *scale, const float *shift, int step,
+) noexcept nogil:
+    """Halves to halves where the CPU converts; returns how many elements were done."""
+    cdef float low = job.activation.low if job.activation.kind == CLIP else -INFINITY
+    cdef float high = job.activation.high if job.activation.kind == CLIP else INFINITY
+    cdef const uint16_t *x = <const uint16_t *> at.x
+    cdef uint16_t *y = <uint16_t *> at.out
+    if step:
+        return bn_normalize_halves(x, y, n, center, scale, shift, 1, low, high, job.stream)
+    return bn_normalize_halves(x, y, n, center, scale, shift, 0, low, high, job.stream)
+
+
 cdef void normalize_wide(
     const float *x, const float *residual, float *y, Py_ssize_t n,
     const Coefficients *k, Py_ssize_t first, Py_ssize_t step, const Activation *activation,
@@ -289,6 +306,7 @@ cdef struct Walk:
     bint x_is_run                   # floats, one after the other
     bint residual_is_run
     bint out_is_run
+    bint halves                     # x and out are halves, one after the other, with nothing else to be done
     bint direct                     # all are, and out is written where it is
     int step                        # 1: the loop runs over channels, 0: it stays in one
 
@@ -302,6 +320,9 @@ cdef Walk walk_of(const Job *job, int step) noexcept nogil:
     walk.x_is_run = is_run(&job.x, walk.x)
     walk.residual_is_run = job.residual.data == NULL or is_run(&job.residual, walk.residual)
     walk.out_is_run = is_run(&job.out, walk.out)
+    walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.x == 2 and walk.out == 2 \
+        and job.residual.data == NULL and job.activation.kind <= CLIP and not job.coefficients.wide \
+        and BN_CONVERTS_HALVES
     walk.direct = walk.x_is_run and walk.residual_is_run and walk.out_is_run and not job.stream
     return walk
 
@@ -321,6 +342,18 @@ cdef void normalize_chunk(
     cdef float *y = <float *> at.out if into_out else buffer
     cdef const float *source = <const float *> at.x
     cdef const float *added = <const float *> at.residual
+    cdef Py_ssize_t done
+    if walk.halves and rows == 1:
+        done = normalize_halves(job, &at, n, center, scale, shift, walk.step)
+        columns -= done
+        if columns == 0:
+            return
+        n = columns
+        move(&at, done * 2, 0, done * 2)
+        center += done * walk.step
+        scale += done * walk.step
+        shift += done * walk.step
+        source = <const float *> at.x
     if not x_is_run:
         load(&job.x, at.x, walk.x, y, rows, columns)
         source = y
@@ -342,11 +375,11 @@ cdef void normalize_run(
     const float *center, const float *scale, const float *shift, Py_ssize_t period, Py_ssize_t first,
 ) noexcept nogil:
     """Elements one stride from each other. Where their coefficients repeat, after `period`, they are there twice."""
-    cdef Py_ssize_t most = period if walk.direct else min(<Py_ssize_t> CHUNK, period)
+    cdef Py_ssize_t most = period if walk.direct or walk.halves else min(<Py_ssize_t> CHUNK, period)
     cdef Py_ssize_t phase = 0, n = most
-    if job.stream and walk.out > 0:
+    if job.stream and 0 < walk.out <= 4 and <size_t> at.out % 64 > 0:
         # The first chunk ends where a cache line of out does, and so do all, most being whole lines.
-        n = most - <Py_ssize_t> (<size_t> at.out % 64 // <size_t> walk.out) % most
+        n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.out))
     while total > 0:
         n = min(n, total)
         normalize_chunk(job, walk, at, 1, n, center + phase, scale + phase, shift + phase, first + phase)

@@ -16,6 +16,13 @@
 #include <arm_neon.h>
 #endif
 
+/* Whether the CPU has instructions that convert. */
+#if defined(__F16C__) || defined(__aarch64__)
+#define BN_CONVERTS_HALVES 1
+#else
+#define BN_CONVERTS_HALVES 0
+#endif
+
 static inline float bn_float_from_bits(uint32_t bits)
 {
     float value;
@@ -106,6 +113,59 @@ static inline void bn_halves_from_floats(const float *floats, uint16_t *halves, 
             halves[i + j] = (uint16_t)wide[j];
         i += some;
     }
+}
+
+/* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory, for as
+ * many whole steps as there are; returns how many elements these were. `step` is 1 where each element has its own
+ * coefficients, 0 where all have one. NaN stays NaN: the bound is taken only if y compares beyond it. */
+static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const float *center,
+                                            const float *scale, const float *shift, const int step, float low,
+                                            float high, int stream)
+{
+    ptrdiff_t i = 0;
+#if defined(__F16C__)
+    const __m256 lows = _mm256_set1_ps(low), highs = _mm256_set1_ps(high);
+    __m256 c = _mm256_set1_ps(*center), a = _mm256_set1_ps(*scale), b = _mm256_set1_ps(*shift);
+    stream = stream && (uintptr_t)y % 32 == 0;
+    for (; i + 16 <= n; i += 16) {
+        __m128i halves[2];
+        for (int j = 0; j < 2; j++) {
+            const ptrdiff_t at = i + 8 * j;
+            if (step) {
+                c = _mm256_loadu_ps(center + at);
+                a = _mm256_loadu_ps(scale + at);
+                b = _mm256_loadu_ps(shift + at);
+            }
+            __m256 t = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + at)));
+            t = _mm256_add_ps(_mm256_mul_ps(_mm256_sub_ps(t, c), a), b);
+            t = _mm256_min_ps(highs, _mm256_max_ps(lows, t));
+            halves[j] = _mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT);
+        }
+        if (stream) {
+            _mm256_stream_si256((__m256i *)(y + i), _mm256_set_m128i(halves[1], halves[0]));
+        } else {
+            _mm_storeu_si128((__m128i *)(y + i), halves[0]);
+            _mm_storeu_si128((__m128i *)(y + i + 8), halves[1]);
+        }
+    }
+#elif defined(__aarch64__)
+    const float32x4_t lows = vdupq_n_f32(low), highs = vdupq_n_f32(high);
+    float32x4_t c = vdupq_n_f32(*center), a = vdupq_n_f32(*scale), b = vdupq_n_f32(*shift);
+    (void)stream;
+    for (; i + 4 <= n; i += 4) {
+        if (step) {
+            c = vld1q_f32(center + i);
+            a = vld1q_f32(scale + i);
+            b = vld1q_f32(shift + i);
+        }
+        float32x4_t t = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i)));
+        t = vaddq_f32(vmulq_f32(vsubq_f32(t, c), a), b);
+        t = vbslq_f32(vcltq_f32(t, lows), lows, t);
+        t = vbslq_f32(vcgtq_f32(t, highs), highs, t);
+        vst1_u16(y + i, vreinterpret_u16_f16(vcvt_f16_f32(t)));
+    }
+#endif
+    return i;
 }
 
 #endif
