@@ -6,15 +6,15 @@
 
 a. Everything happens in blocks that stay in L1. A block that is not a run of floats (half, integers,
    strides) is loaded into a buffer of floats first, one that is not stored as such is stored from it.
-b. Statistics are kept in columns. A block is rows x columns; each column has its own mean and its sum of
-   squared deviations from it, and is merged with the blocks before it in double (Chan, Golub, LeVeque
-   1979). A plane of one channel is cut into COLUMNS columns, which are merged at the end; so there is no
-   loop over one single sum, and every instruction set vectorises the same additions in the same order:
-   the same bits.
-c. Errors. Means are sums in double. A deviation from the mean rounded to float (2^-24, twice when squared),
-   its square (2^-24) and a tree of four of them (2 * 2^-24) round in float, what follows is double: var is
-   within 5 * 2^-24 = 3e-7 whatever the data. Columns whose squares leave the range of float, and
-   integers, are summed in double.
+b. Statistics are sums of deviations, and of their squares, from a center near the mean: that of a sample
+   taken all over the channel. A center that proves to be more than a quarter of a standard deviation off is
+   replaced by the mean found, and the sums are taken again.
+   They are kept in columns. Rows of channels are columns as they are; a plane of one channel is cut into
+   COLUMNS of them, added up at the end. So there is no loop over one single sum, and every instruction set
+   vectorises the same additions in the same order: the same bits.
+c. Errors. A deviation (2^-24, twice when squared), its square (2^-24) and a tree of four of them (2 * 2^-24)
+   round in float, what follows is double: var is within 5 * 2^-24 = 3e-7. Channels whose squares leave the
+   range of float, and integers, are summed in double, twice: for the mean, then about it.
 d. `x == y` is told apart from `x != y` because only then does the compiler know that rows do not
    overlap; literal arguments of inlined functions make one loop for each case out of one source.
 """
@@ -55,9 +55,10 @@ cdef enum:
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     SHORT = 256         # elements of a plane below which several are normalised at once
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
-    FOLDED = 64         # columns of rows of few channels
-    WIDEST = 256        # columns of a block of rows: at least 16 rows of them fit a block
-    BLOCK = 4096        # elements of a block of statistics: 16 kB, half of the smallest L1
+    WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
+    BLOCK = 4096        # floats of a buffer of statistics: 16 kB, half of the smallest L1
+    PLANE_SAMPLE = 96   # elements that the center of a channel is guessed from: 1 in 70 is taken twice
+    ROW_SAMPLE = 256    # the same where one channel makes all be taken twice: 1 in 16000
 
 cdef float NOT_A_NUMBER = float("nan")
 
@@ -506,35 +507,37 @@ cdef void normalize(const Job *job) noexcept nogil:
 
 # ---- moments ----------------------------------------------------------------------------------------
 
-cdef void column_sums(
-    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, double *sums,
-) noexcept nogil:
-    cdef Py_ssize_t row, c
-    cdef const float *a
-    cdef const float *b
+# Sums over the elements x of a column, about a center that is near their mean.
+cdef struct Sums:
+    double[WIDEST] deviations       # sum(x - center)
+    double[WIDEST] squares          # sum((x - center)^2)
+
+
+# The centers, which are floats unless the sums are wide.
+cdef struct Centers:
+    float[WIDEST] rounded
+    double[WIDEST] exact
+
+
+cdef inline bint is_float(int type) noexcept nogil:
+    return type == FLOAT32 or type == FLOAT16
+
+
+cdef void clear(Sums *sums, Py_ssize_t columns) noexcept nogil:
+    cdef Py_ssize_t c
     for c in range(columns):
-        sums[c] = 0
-    for row in range(0, rows - 3, 4):
-        a = x + row * stride
-        b = a + 2 * stride
-        for c in range(columns):
-            sums[c] += (<double> a[c] + <double> a[c + stride]) + (<double> b[c] + <double> b[c + stride])
-    for row in range(rows & ~3, rows):
-        a = x + row * stride
-        for c in range(columns):
-            sums[c] += <double> a[c]
+        sums.deviations[c] = 0
+        sums.squares[c] = 0
 
 
-cdef void column_squares(
-    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center, double *squares,
+cdef inline void add_block(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
+    double *deviations, double *squares,
 ) noexcept nogil:
-    """The sums of squared deviations from each column's center."""
     cdef Py_ssize_t row, c
     cdef const float *a
     cdef const float *b
     cdef float d0, d1, d2, d3
-    for c in range(columns):
-        squares[c] = 0
     for row in range(0, rows - 3, 4):
         a = x + row * stride
         b = a + 2 * stride
@@ -543,67 +546,103 @@ cdef void column_squares(
             d1 = a[c + stride] - center[c]
             d2 = b[c] - center[c]
             d3 = b[c + stride] - center[c]
+            deviations[c] += <double> ((d0 + d1) + (d2 + d3))
             squares[c] += <double> ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
     for row in range(rows & ~3, rows):
         a = x + row * stride
         for c in range(columns):
             d0 = a[c] - center[c]
+            deviations[c] += <double> d0
             squares[c] += <double> (d0 * d0)
 
 
-cdef void column_squares_wide(
-    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *center, double *squares,
+cdef inline void add_block_wide(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *center, Sums *sums,
 ) noexcept nogil:
     """The same in double."""
     cdef Py_ssize_t row, c
     cdef double d
-    for c in range(columns):
-        squares[c] = 0
     for row in range(rows):
         for c in range(columns):
             d = x[row * stride + c] - center[c]
-            squares[c] += d * d
-
-
-cdef inline double about_mean(double squares, double mean, float center, double n) noexcept nogil:
-    """m2 from the squared deviations of n elements from `center`; NaN if float could not hold these."""
-    cdef double off = mean - center
-    cdef double m2 = squares - n * (off * off)
-    m2 = m2 if m2 > 0 else 0
-    # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; NaN is neither.
-    m2 = m2 if squares >= 1e-30 else NOT_A_NUMBER
-    return m2 if squares <= 1e37 else NOT_A_NUMBER
-
-
-cdef inline bint is_float(int type) noexcept nogil:
-    return type == FLOAT32 or type == FLOAT16
-
-
-cdef void add_rows(
-    int type, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
-    double *mean, double *m2, Py_ssize_t n,
+            sums.deviations[c] += d
+            sums.squares[c] += d * d
+cdef void add(
+    bint wide, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
 ) noexcept nogil:
-    """Adds a block to the moments of its columns, which hold n rows so far."""
-    cdef double[WIDEST] block_mean, block_m2, wide
-    cdef float[WIDEST] center
-    cdef Py_ssize_t c
-    cdef int unsafe = not is_float(type)
-    column_sums(x, stride, rows, columns, block_mean)
-    for c in range(columns):
-        block_mean[c] /= rows
-        center[c] = <float> block_mean[c]
-    if not unsafe:
-        column_squares(x, stride, rows, columns, center, block_m2)
-        for c in range(columns):
-            block_m2[c] = about_mean(block_m2[c], block_mean[c], center[c], rows)
-        for c in range(columns):
-            unsafe |= block_m2[c] != block_m2[c]
-    if unsafe:
-        column_squares_wide(x, stride, rows, columns, block_mean, wide)
-        for c in range(columns):
-            block_m2[c] = wide[c] if not is_float(type) or block_m2[c] != block_m2[c] else block_m2[c]
-    for c in range(columns):
-        merge_moments(&mean[c], &m2[c], n, block_mean[c], block_m2[c], rows)
+    cdef Py_ssize_t block = max(<Py_ssize_t> 4, BLOCK // max(<Py_ssize_t> 1, columns) // 4 * 4), some, first
+    if wide:
+        add_block_wide(x, stride, rows, columns, centers.exact, sums)
+        return
+    # The sums of COLUMNS columns stay in registers while the block stays in L1.
+    while rows > 0:
+        some = min(block, rows)
+        first = 0
+        while first + COLUMNS <= columns:
+            add_block(
+                x + first, stride, some, COLUMNS, centers.rounded + first, sums.deviations + first, sums.squares + first)
+            first += COLUMNS
+        add_block(
+            x + first, stride, some, columns - first, centers.rounded + first,
+            sums.deviations + first, sums.squares + first)
+        x += some * stride
+        rows -= some
+
+
+cdef double m2_of(double deviations, double squares, double n, double center, bint wide, double *mean) noexcept nogil:
+    """The mean and, returned, m2. NaN if float sums about that center do not tell m2."""
+    cdef double off = deviations / n
+    cdef double shifted = n * (off * off)
+    cdef double m2 = squares - shifted if squares > shifted else 0
+    # Wide sums are about the mean itself; where that is infinite, so are they.
+    mean[0] = center + off if not wide or off - off == 0 else center
+    if wide:
+        return m2 if squares == squares else squares
+    if squares == 0 and fabs(center) >= 1e-14:
+        return 0                    # any other float near such a center would have left a square
+    # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; a center far from the mean cancels.
+    return m2 if squares >= 1e-30 and squares <= 1e37 and shifted <= squares / 16 else NOT_A_NUMBER
+
+
+cdef void plane_sums(const Job *job, const char *x, bint wide, double center, double *deviations, double *squares) noexcept nogil:
+    """One channel, in COLUMNS columns. What long planes leave over, and short ones, is gathered in a buffer."""
+    cdef float[BLOCK] buffer, block
+    cdef Sums sums
+    cdef Centers centers
+    cdef bint direct = is_run(&job.x, job.x.inner)
+    cdef Py_ssize_t filled = 0, position, left, rows, some, c
+    cdef const char *at
+    clear(&sums, COLUMNS)
+    for c in range(COLUMNS):
+        centers.exact[c] = center
+        centers.rounded[c] = <float> center
+    for position in range(job.outer):
+        at = x + outer_offset(job, &job.x, position)
+        left = job.inner
+        while left >= COLUMNS and job.inner >= SHORT:
+            rows = (left if direct else min(left, <Py_ssize_t> BLOCK)) // COLUMNS
+            if direct:
+                add(wide, <const float *> at, COLUMNS, rows, COLUMNS, &centers, &sums)
+            else:
+                load_row(job.x.type, at, job.x.inner, block, rows * COLUMNS)
+                add(wide, block, COLUMNS, rows, COLUMNS, &centers, &sums)
+            at += rows * COLUMNS * job.x.inner
+            left -= rows * COLUMNS
+        while left > 0:
+            some = min(left, BLOCK - filled)
+            load_row(job.x.type, at, job.x.inner, buffer + filled, some)
+            at += some * job.x.inner
+            left -= some
+            filled += some
+            if filled == BLOCK:
+                add(wide, buffer, COLUMNS, BLOCK // COLUMNS, COLUMNS, &centers, &sums)
+                filled = 0
+    rows = filled // COLUMNS
+    if filled > 0:
+        add(wide, buffer, COLUMNS, rows, COLUMNS, &centers, &sums)
+        add(wide, buffer + rows * COLUMNS, 0, 1, filled - rows * COLUMNS, &centers, &sums)
+    deviations[0] = sum_of(sums.deviations, COLUMNS)
+    squares[0] = sum_of(sums.squares, COLUMNS)
 
 
 cdef double sum_of(double *values, Py_ssize_t n) noexcept nogil:
@@ -616,131 +655,158 @@ cdef double sum_of(double *values, Py_ssize_t n) noexcept nogil:
     return values[0]
 
 
-cdef void add_run(
-    int type, const float *x, Py_ssize_t rows, Py_ssize_t columns, double *mean, double *m2, Py_ssize_t n,
-) noexcept nogil:
-    """Adds rows * columns elements to the moments of one channel, which hold n elements so far."""
-    cdef double[COLUMNS] sums, center_wide
-    cdef float[COLUMNS] center
-    cdef double run_mean, run_m2 = NOT_A_NUMBER
-    cdef Py_ssize_t some = rows * columns, c
-    column_sums(x, columns, rows, columns, sums)
-    run_mean = sum_of(sums, columns) / some
-    if is_float(type):
-        for c in range(columns):
-            center[c] = <float> run_mean
-        column_squares(x, columns, rows, columns, center, sums)
-        run_m2 = about_mean(sum_of(sums, columns), run_mean, center[0], some)
-    if run_m2 != run_m2:
-        for c in range(columns):
-            center_wide[c] = run_mean
-        column_squares_wide(x, columns, rows, columns, center_wide, sums)
-        run_m2 = sum_of(sums, columns)
-    merge_moments(mean, m2, n, run_mean, run_m2, some)
+cdef inline void thin(Py_ssize_t *length, Py_ssize_t *stride, Py_ssize_t most) noexcept nogil:
+    if length[0] > most:
+        stride[0] *= length[0] // most
+        length[0] = most
+
+
+cdef Job sample_of(const Job *job, Py_ssize_t elements) noexcept nogil:
+    """The same with but some elements per channel, from all over it."""
+    cdef Job sample = job[0]
+    if job.outer_ndim > 0:
+        thin(&sample.outer_shape[0], &sample.x.outer[0], 8)
+        sample.outer = job.outer // job.outer_shape[0] * sample.outer_shape[0]
+    thin(&sample.inner, &sample.x.inner, max(<Py_ssize_t> 1, elements // sample.outer))
+    return sample
+
+
+cdef inline double center_of(double total, double n) noexcept nogil:
+    """A mean as a float to begin with, whatever the sample was."""
+    total /= n
+    return <float> total if fabs(total) <= 1e37 else 0
 
 
 cdef void plane_moments(const Job *job, const char *x, double *mean, double *m2) noexcept nogil:
-    """One channel: long runs of floats where they are, everything else by way of the buffer."""
+    cdef double n = job.outer * job.inner, center, deviations, squares
+    cdef Job sample
+    cdef int attempt
+    if is_float(job.x.type):
+        sample = sample_of(job, PLANE_SAMPLE)
+        plane_sums(&sample, x, False, 0, &deviations, &squares)
+        center = center_of(deviations, sample.outer * sample.inner)
+        for attempt in range(2):
+            plane_sums(job, x, False, center, &deviations, &squares)
+            m2[0] = m2_of(deviations, squares, n, center, False, mean)
+            if m2[0] == m2[0]:
+                return
+            center = <float> mean[0]
+    plane_sums(job, x, True, 0, &deviations, &squares)
+    center = deviations / n
+    plane_sums(job, x, True, center, &deviations, &squares)
+    m2[0] = m2_of(deviations, squares, n, center, True, mean)
+
+
+cdef struct Rows:
+    # Some of the channels of a job whose rows are channels; rows of few channels are taken several at a time.
+    Py_ssize_t first
+    Py_ssize_t channels
+    Py_ssize_t per_row
+
+
+cdef void row_sums(const Job *job, const Rows *rows, bint wide, const Centers *centers, Sums *sums) noexcept nogil:
     cdef float[BLOCK] buffer
-    cdef int type = job.x.type
-    cdef bint direct = is_run(&job.x, job.x.inner) and job.inner >= BLOCK // 4
-    cdef Py_ssize_t n = 0, filled = 0, position, left, rows, blocks, some
+    cdef Py_ssize_t columns = rows.channels * rows.per_row
+    cdef bint direct = is_run(&job.x, job.x.channel) and (rows.per_row == 1 or rows_join(&job.x, job.channels))
+    cdef Py_ssize_t most = BLOCK // columns // 4 * 4 * rows.per_row     # the fours of rows stay together
+    cdef Py_ssize_t position, left, some
     cdef const char *at
-    mean[0] = 0
-    m2[0] = 0
+    clear(sums, columns)
     for position in range(job.outer):
-        at = x + outer_offset(job, &job.x, position)
+        at = job.x.data + outer_offset(job, &job.x, position) + rows.first * job.x.channel
         left = job.inner
-        if direct:
-            for blocks in range((left + BLOCK - 1) // BLOCK, 0, -1):
-                rows = (left // COLUMNS + blocks - 1) // blocks
-                add_run(type, <const float *> at, rows, COLUMNS, mean, m2, n)
-                n += rows * COLUMNS
-                at += rows * COLUMNS * 4
-                left -= rows * COLUMNS
         while left > 0:
-            some = min(left, BLOCK - filled)
-            load_row(type, at, job.x.inner, buffer + filled, some)
+            # Whole rows of columns, then what is left of one.
+            some = left if direct else min(left, most)
+            some = some - some % rows.per_row if some > rows.per_row else some
+            if direct and some >= rows.per_row:
+                add(wide, <const float *> at, rows.per_row * job.x.inner // 4, some // rows.per_row, columns, centers, sums)
+            elif direct:
+                add(wide, <const float *> at, 0, 1, some * rows.channels, centers, sums)
+            else:
+                load(&job.x, at, job.x.channel, buffer, some, rows.channels)
+                if some >= rows.per_row:
+                    add(wide, buffer, columns, some // rows.per_row, columns, centers, sums)
+                else:
+                    add(wide, buffer, 0, 1, some * rows.channels, centers, sums)
             at += some * job.x.inner
             left -= some
-            filled += some
-            if filled == BLOCK:
-                add_run(type, buffer, BLOCK // COLUMNS, COLUMNS, mean, m2, n)
-                n += BLOCK
-                filled = 0
-    rows = filled // COLUMNS
-    if rows > 0:
-        add_run(type, buffer, rows, COLUMNS, mean, m2, n)
-        n += rows * COLUMNS
-    if filled % COLUMNS > 0:
-        add_run(type, buffer + rows * COLUMNS, filled % COLUMNS, 1, mean, m2, n)
 
 
-cdef void add_part_rows(
-    const Job *job, const char *x, Py_ssize_t rows, Py_ssize_t columns, double *mean, double *m2, Py_ssize_t n,
-) noexcept nogil:
-    """Adds rows of all columns, some at a time; a row of columns may be several rows of channels."""
-    cdef float[BLOCK] buffer
-    cdef Py_ssize_t per_row = columns // job.channels
-    cdef Py_ssize_t first = 0, some
-    cdef bint in_place = is_run(&job.x, job.x.channel) and (per_row == 1 or rows_join(&job.x, job.channels))
-    while first < columns:
-        some = min(<Py_ssize_t> WIDEST, columns - first)
-        if in_place:
-            add_rows(FLOAT32, <const float *> x + first, per_row * job.x.inner // 4, rows, some, mean + first, m2 + first, n)
-        else:
-            load(&job.x, x + first * job.x.channel, job.x.channel, buffer, rows * per_row, some // per_row)
-            add_rows(job.x.type, buffer, some, rows, some, mean + first, m2 + first, n)
-        first += some
+cdef void spread(const Rows *rows, const double *of_channels, Centers *centers) noexcept nogil:
+    """Each channel's center to all of its columns."""
+    cdef Py_ssize_t row, c, column = 0
+    for row in range(rows.per_row):
+        for c in range(rows.channels):
+            centers.exact[column] = of_channels[c]
+            centers.rounded[column] = <float> of_channels[c]
+            column += 1
 
 
-cdef void merge_columns(
-    const double *column_mean, const double *column_m2, Py_ssize_t columns, Py_ssize_t n,
-    Py_ssize_t channels, double *mean, double *m2,
-) noexcept nogil:
-    """Columns of n elements each, of which every `channels`-th is the same channel, become the channels' moments."""
-    cdef Py_ssize_t c, i
-    for c in range(channels):
-        mean[c] = column_mean[c]
-        m2[c] = column_m2[c]
-        for i in range(1, columns // channels):
-            merge_moments(&mean[c], &m2[c], i * n, column_mean[c + i * channels], column_m2[c + i * channels], n)
+cdef void gather(const Rows *rows, Sums *sums) noexcept nogil:
+    """The sums of all columns of a channel in its first one."""
+    cdef Py_ssize_t row, c
+    for row in range(1, rows.per_row):
+        for c in range(rows.channels):
+            sums.deviations[c] += sums.deviations[row * rows.channels + c]
+            sums.squares[c] += sums.squares[row * rows.channels + c]
+
+
+cdef void some_row_moments(const Job *job, const Rows *rows, double *mean, double *m2) noexcept nogil:
+    cdef Sums sums
+    cdef Centers centers
+    cdef double[WIDEST] center
+    cdef double n = job.outer * job.inner
+    cdef Job sample
+    cdef Py_ssize_t c
+    cdef int attempt, unsafe
+    for c in range(rows.channels):
+        center[c] = 0
+        m2[c] = NOT_A_NUMBER
+    if is_float(job.x.type):
+        spread(rows, center, &centers)
+        sample = sample_of(job, ROW_SAMPLE)
+        row_sums(&sample, rows, False, &centers, &sums)
+        gather(rows, &sums)
+        for c in range(rows.channels):
+            center[c] = center_of(sums.deviations[c], sample.outer * sample.inner)
+        for attempt in range(2):
+            spread(rows, center, &centers)
+            row_sums(job, rows, False, &centers, &sums)
+            gather(rows, &sums)
+            unsafe = 0
+            for c in range(rows.channels):
+                if m2[c] != m2[c]:
+                    m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], False, &mean[c])
+                center[c] = <float> mean[c]
+                unsafe |= m2[c] != m2[c]
+            if not unsafe:
+                return
+    for c in range(rows.channels):
+        center[c] = 0
+    spread(rows, center, &centers)
+    row_sums(job, rows, True, &centers, &sums)
+    gather(rows, &sums)
+    for c in range(rows.channels):
+        center[c] = sums.deviations[c] / n
+    spread(rows, center, &centers)
+    row_sums(job, rows, True, &centers, &sums)
+    gather(rows, &sums)
+    for c in range(rows.channels):
+        if m2[c] != m2[c]:
+            m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], True, &mean[c])
 
 
 cdef void row_moments(const Job *job, double *mean, double *m2) noexcept nogil:
-    """Channels last. Rows of few channels are taken several at a time, so that the columns fill registers."""
-    cdef double[FOLDED] column_mean, column_m2, tail_mean, tail_m2
-    cdef Py_ssize_t channels = job.channels, position, row, some, c
-    cdef Py_ssize_t per_row = max(<Py_ssize_t> 1, FOLDED // channels) if job.inner >= FOLDED else 1
-    cdef Py_ssize_t columns = per_row * channels
-    cdef Py_ssize_t most = max(<Py_ssize_t> 16, BLOCK // columns)
-    cdef Py_ssize_t n = 0, tail = 0
-    cdef double *main_mean = &column_mean[0] if per_row > 1 else mean
-    cdef double *main_m2 = &column_m2[0] if per_row > 1 else m2
-    cdef const char *x
-    for c in range(columns):
-        main_mean[c] = 0
-        main_m2[c] = 0
-    for c in range(channels if per_row > 1 else 0):
-        tail_mean[c] = 0
-        tail_m2[c] = 0
-    for position in range(job.outer):
-        x = job.x.data + outer_offset(job, &job.x, position)
-        row = job.inner // per_row
-        while row > 0:
-            some = min(most, row)
-            add_part_rows(job, x, some, columns, main_mean, main_m2, n)
-            x += some * per_row * job.x.inner
-            n += some
-            row -= some
-        some = job.inner % per_row
-        if some > 0:
-            add_part_rows(job, x, some, channels, tail_mean, tail_m2, tail)
-            tail += some
-    if per_row > 1:
-        merge_columns(column_mean, column_m2, columns, n, channels, mean, m2)
-        for c in range(channels if tail > 0 else 0):
-            merge_moments(&mean[c], &m2[c], n * per_row, tail_mean[c], tail_m2[c], tail)
+    cdef Rows rows
+    rows.first = 0
+    while rows.first < job.channels:
+        rows.channels = min(<Py_ssize_t> WIDEST, job.channels - rows.first)
+        rows.per_row = COLUMNS
+        while rows.per_row > 1 and (job.channels * (rows.per_row // 2) % COLUMNS == 0 or rows.per_row * job.channels > WIDEST):
+            rows.per_row //= 2
+        some_row_moments(job, &rows, mean + rows.first, m2 + rows.first)
+        rows.first += rows.channels
 
 
 cdef void moments(const Job *job, double *mean, double *m2) noexcept nogil:

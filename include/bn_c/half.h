@@ -115,9 +115,10 @@ static inline void bn_halves_from_floats(const float *floats, uint16_t *halves, 
     }
 }
 
-/* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory, for as
- * many whole steps as there are; returns how many elements these were. `step` is 1 where each element has its own
- * coefficients, 0 where all have one. NaN stays NaN: the bound is taken only if y compares beyond it. */
+/* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory,
+ * for as many whole steps as there are; returns how many elements these were. `step` is 1 where each element
+ * has its own coefficients, 0 where all have one. NaN stays NaN: the bound is taken only if y compares beyond
+ * it. */
 static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const float *center,
                                             const float *scale, const float *shift, const int step, float low,
                                             float high, int stream)
