@@ -27,7 +27,7 @@ from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
-    Activation, Coefficients, Job, Kernels, Operand, merge_moments,
+    Activation, Coefficients, Job, Kernels, Operand,
 )
 
 cdef extern from "bn_c/half.h" nogil:
@@ -420,7 +420,9 @@ cdef struct Pattern:
     Py_ssize_t n
 
 
-cdef void repeat(Pattern *pattern, const Coefficients *k, Py_ssize_t first, Py_ssize_t channels, Py_ssize_t times) noexcept nogil:
+cdef void repeat(
+    Pattern *pattern, const Coefficients *k, Py_ssize_t first, Py_ssize_t channels, Py_ssize_t times,
+) noexcept nogil:
     """Appends each channel's coefficients that many times."""
     cdef Py_ssize_t c, _i
     for c in range(first, first + channels):
@@ -567,10 +569,13 @@ cdef inline void add_block_wide(
             d = x[row * stride + c] - center[c]
             sums.deviations[c] += d
             sums.squares[c] += d * d
+
+
 cdef void add(
     bint wide, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
 ) noexcept nogil:
-    cdef Py_ssize_t block = max(<Py_ssize_t> 4, BLOCK // max(<Py_ssize_t> 1, columns) // 4 * 4), some, first
+    """Adds a block of any size; bits depend on its rows being added four at a time, not on how it is cut here."""
+    cdef Py_ssize_t block = BLOCK // max(columns, <Py_ssize_t> 1) // 4 * 4, some, first
     if wide:
         add_block_wide(x, stride, rows, columns, centers.exact, sums)
         return
@@ -604,7 +609,19 @@ cdef double m2_of(double deviations, double squares, double n, double center, bi
     return m2 if squares >= 1e-30 and squares <= 1e37 and shifted <= squares / 16 else NOT_A_NUMBER
 
 
-cdef void plane_sums(const Job *job, const char *x, bint wide, double center, double *deviations, double *squares) noexcept nogil:
+cdef double sum_of(double *values, Py_ssize_t n) noexcept nogil:
+    """The sum of a power of two of values, which it overwrites."""
+    cdef Py_ssize_t i
+    while n > 1:
+        n //= 2
+        for i in range(n):
+            values[i] += values[i + n]
+    return values[0]
+
+
+cdef void plane_sums(
+    const Job *job, const char *x, bint wide, double center, double *deviations, double *squares,
+) noexcept nogil:
     """One channel, in COLUMNS columns. What long planes leave over, and short ones, is gathered in a buffer."""
     cdef float[BLOCK] buffer, block
     cdef Sums sums
@@ -645,16 +662,6 @@ cdef void plane_sums(const Job *job, const char *x, bint wide, double center, do
     squares[0] = sum_of(sums.squares, COLUMNS)
 
 
-cdef double sum_of(double *values, Py_ssize_t n) noexcept nogil:
-    """The sum of a power of two of values, which it overwrites."""
-    cdef Py_ssize_t i
-    while n > 1:
-        n //= 2
-        for i in range(n):
-            values[i] += values[i + n]
-    return values[0]
-
-
 cdef inline void thin(Py_ssize_t *length, Py_ssize_t *stride, Py_ssize_t most) noexcept nogil:
     if length[0] > most:
         stride[0] *= length[0] // most
@@ -680,12 +687,12 @@ cdef inline double center_of(double total, double n) noexcept nogil:
 cdef void plane_moments(const Job *job, const char *x, double *mean, double *m2) noexcept nogil:
     cdef double n = job.outer * job.inner, center, deviations, squares
     cdef Job sample
-    cdef int attempt
+    cdef int _attempt
     if is_float(job.x.type):
         sample = sample_of(job, PLANE_SAMPLE)
         plane_sums(&sample, x, False, 0, &deviations, &squares)
         center = center_of(deviations, sample.outer * sample.inner)
-        for attempt in range(2):
+        for _attempt in range(2):
             plane_sums(job, x, False, center, &deviations, &squares)
             m2[0] = m2_of(deviations, squares, n, center, False, mean)
             if m2[0] == m2[0]:
@@ -704,39 +711,10 @@ cdef struct Rows:
     Py_ssize_t per_row
 
 
-cdef void row_sums(const Job *job, const Rows *rows, bint wide, const Centers *centers, Sums *sums) noexcept nogil:
-    cdef float[BLOCK] buffer
-    cdef Py_ssize_t columns = rows.channels * rows.per_row
-    cdef bint direct = is_run(&job.x, job.x.channel) and (rows.per_row == 1 or rows_join(&job.x, job.channels))
-    cdef Py_ssize_t most = BLOCK // columns // 4 * 4 * rows.per_row     # the fours of rows stay together
-    cdef Py_ssize_t position, left, some
-    cdef const char *at
-    clear(sums, columns)
-    for position in range(job.outer):
-        at = job.x.data + outer_offset(job, &job.x, position) + rows.first * job.x.channel
-        left = job.inner
-        while left > 0:
-            # Whole rows of columns, then what is left of one.
-            some = left if direct else min(left, most)
-            some = some - some % rows.per_row if some > rows.per_row else some
-            if direct and some >= rows.per_row:
-                add(wide, <const float *> at, rows.per_row * job.x.inner // 4, some // rows.per_row, columns, centers, sums)
-            elif direct:
-                add(wide, <const float *> at, 0, 1, some * rows.channels, centers, sums)
-            else:
-                load(&job.x, at, job.x.channel, buffer, some, rows.channels)
-                if some >= rows.per_row:
-                    add(wide, buffer, columns, some // rows.per_row, columns, centers, sums)
-                else:
-                    add(wide, buffer, 0, 1, some * rows.channels, centers, sums)
-            at += some * job.x.inner
-            left -= some
-
-
 cdef void spread(const Rows *rows, const double *of_channels, Centers *centers) noexcept nogil:
     """Each channel's center to all of its columns."""
-    cdef Py_ssize_t row, c, column = 0
-    for row in range(rows.per_row):
+    cdef Py_ssize_t _row, c, column = 0
+    for _row in range(rows.per_row):
         for c in range(rows.channels):
             centers.exact[column] = of_channels[c]
             centers.rounded[column] = <float> of_channels[c]
@@ -752,28 +730,56 @@ cdef void gather(const Rows *rows, Sums *sums) noexcept nogil:
             sums.squares[c] += sums.squares[row * rows.channels + c]
 
 
+cdef void row_sums(const Job *job, const Rows *rows, bint wide, const double *center, Sums *sums) noexcept nogil:
+    """The sums of each channel, about its center."""
+    cdef Centers centers
+    cdef float[BLOCK] buffer
+    cdef Py_ssize_t columns = rows.channels * rows.per_row
+    cdef bint direct = is_run(&job.x, job.x.channel) and (rows.per_row == 1 or rows_join(&job.x, job.channels))
+    cdef Py_ssize_t most = BLOCK // columns // 4 * 4 * rows.per_row     # the fours of rows stay together
+    cdef Py_ssize_t position, left, some
+    cdef const char *at
+    clear(sums, columns)
+    spread(rows, center, &centers)
+    for position in range(job.outer):
+        at = job.x.data + outer_offset(job, &job.x, position) + rows.first * job.x.channel
+        left = job.inner
+        while left > 0:
+            # Whole rows of columns, then what is left of one.
+            some = left if direct else min(left, most)
+            some = some - some % rows.per_row if some > rows.per_row else some
+            if direct and some >= rows.per_row:
+                add(wide, <const float *> at, rows.per_row * job.x.inner // 4, some // rows.per_row, columns, &centers, sums)
+            elif direct:
+                add(wide, <const float *> at, 0, 1, some * rows.channels, &centers, sums)
+            else:
+                load(&job.x, at, job.x.channel, buffer, some, rows.channels)
+                if some >= rows.per_row:
+                    add(wide, buffer, columns, some // rows.per_row, columns, &centers, sums)
+                else:
+                    add(wide, buffer, 0, 1, some * rows.channels, &centers, sums)
+            at += some * job.x.inner
+            left -= some
+    gather(rows, sums)
+
+
 cdef void some_row_moments(const Job *job, const Rows *rows, double *mean, double *m2) noexcept nogil:
     cdef Sums sums
-    cdef Centers centers
     cdef double[WIDEST] center
     cdef double n = job.outer * job.inner
     cdef Job sample
     cdef Py_ssize_t c
-    cdef int attempt, unsafe
+    cdef int _attempt, unsafe
     for c in range(rows.channels):
         center[c] = 0
         m2[c] = NOT_A_NUMBER
     if is_float(job.x.type):
-        spread(rows, center, &centers)
         sample = sample_of(job, ROW_SAMPLE)
-        row_sums(&sample, rows, False, &centers, &sums)
-        gather(rows, &sums)
+        row_sums(&sample, rows, False, center, &sums)
         for c in range(rows.channels):
             center[c] = center_of(sums.deviations[c], sample.outer * sample.inner)
-        for attempt in range(2):
-            spread(rows, center, &centers)
-            row_sums(job, rows, False, &centers, &sums)
-            gather(rows, &sums)
+        for _attempt in range(2):
+            row_sums(job, rows, False, center, &sums)
             unsafe = 0
             for c in range(rows.channels):
                 if m2[c] != m2[c]:
@@ -784,14 +790,10 @@ cdef void some_row_moments(const Job *job, const Rows *rows, double *mean, doubl
                 return
     for c in range(rows.channels):
         center[c] = 0
-    spread(rows, center, &centers)
-    row_sums(job, rows, True, &centers, &sums)
-    gather(rows, &sums)
+    row_sums(job, rows, True, center, &sums)
     for c in range(rows.channels):
         center[c] = sums.deviations[c] / n
-    spread(rows, center, &centers)
-    row_sums(job, rows, True, &centers, &sums)
-    gather(rows, &sums)
+    row_sums(job, rows, True, center, &sums)
     for c in range(rows.channels):
         if m2[c] != m2[c]:
             m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], True, &mean[c])
@@ -803,7 +805,9 @@ cdef void row_moments(const Job *job, double *mean, double *m2) noexcept nogil:
     while rows.first < job.channels:
         rows.channels = min(<Py_ssize_t> WIDEST, job.channels - rows.first)
         rows.per_row = COLUMNS
-        while rows.per_row > 1 and (job.channels * (rows.per_row // 2) % COLUMNS == 0 or rows.per_row * job.channels > WIDEST):
+        while rows.per_row > 1 and (
+            job.channels * (rows.per_row // 2) % COLUMNS == 0 or rows.per_row * job.channels > WIDEST
+        ):
             rows.per_row //= 2
         some_row_moments(job, &rows, mean + rows.first, m2 + rows.first)
         rows.first += rows.channels
