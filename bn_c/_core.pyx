@@ -41,7 +41,7 @@ cdef enum:
 
 cdef char NATIVE = ord("<" if sys.byteorder == "little" else ">")
 cdef const Kernels *kernels = NULL
-cdef Py_ssize_t stream_from = 32 << 20
+cdef Py_ssize_t stream_from = 0
 cdef object ndarray = np.ndarray
 cdef object empty_like = np.empty_like
 cdef object float32 = np.dtype(np.float32)
@@ -53,9 +53,10 @@ def cpu_runs(str isa):
     return bn_cpu_runs(isa.encode())
 
 
-def use(capsule):
-    """Makes the loops of one instruction set those that every call runs."""
-    global kernels
+def use(capsule, Py_ssize_t cache):
+    """Makes the loops of one instruction set those that every call runs; outputs larger than `cache` go past it."""
+    global kernels, stream_from
+    stream_from = cache
     kernels = <const Kernels *> PyCapsule_GetPointer(capsule, "bn_c.kernels")
 
 
@@ -504,7 +505,7 @@ cdef object forward(
                 strides(&arrays.residual, residual), arrays.out.strides)
         job.coefficients = folded.k
         job.activation = activation[0]
-        job.stream = arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
+        job.stream = kernels.streams and arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
         if batch:
             work.statistics.x = job.x
             work.statistics.out.data = work.statistics.residual.data = NULL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from bn_c import _core
 
@@ -32,9 +33,20 @@ def choose(cap: str | None) -> str:
     return cap
 
 
+def last_level_cache() -> int:
+    """Its size in bytes as Linux tells it, or else one that suits small boards."""
+    for index in (3, 2):
+        try:
+            text = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size").read_text()
+            return int(text.strip().removesuffix("K")) << 10
+        except (OSError, ValueError):
+            continue
+    return 4 << 20
+
+
 def use(isa: str) -> None:
     """Loads the kernels of a supported instruction set and makes them those that every call runs."""
-    _core.use(import_module(f"bn_c._kernels_{isa}").table)
+    _core.use(import_module(f"bn_c._kernels_{isa}").table, last_level_cache())
 
 
 isa = choose(os.environ.get("BN_C_MAX_ISA"))

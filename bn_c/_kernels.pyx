@@ -39,6 +39,7 @@ cdef extern from "bn_c/half.h" nogil:
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
 
 cdef extern from "bn_c/stream.h" nogil:
+    bint BN_STREAMS
     void bn_stream(char *to, const char *source, size_t count)
     void bn_stream_end()
 
@@ -841,5 +842,5 @@ cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double e
     k.wide = wide
 
 
-cdef Kernels kernels = Kernels(normalize=normalize, moments=moments, fold=fold)
+cdef Kernels kernels = Kernels(streams=BN_STREAMS, normalize=normalize, moments=moments, fold=fold)
 table = PyCapsule_New(&kernels, "bn_c.kernels", NULL)

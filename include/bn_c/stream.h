@@ -6,14 +6,18 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Whether the CPU has them. ARM's cores see by themselves that whole lines are written. */
 #if defined(__SSE2__)
 #include <immintrin.h>
+#define BN_STREAMS 1
+#else
+#define BN_STREAMS 0
 #endif
 
 enum { BN_LINE = 64 };
 
 /* memcpy in whole cache lines; a first or last line that is written in part is stored normally.
- * Elsewhere than on x86 this is memcpy: the write-streaming detection of ARM cores does the same. */
+ * Without BN_STREAMS it is memcpy. */
 static inline void bn_stream(char *to, const char *from, size_t bytes)
 {
 #if defined(__SSE2__)
