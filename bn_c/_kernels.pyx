@@ -54,7 +54,8 @@ cdef enum:
     CHUNK = 512         # elements that pass through a buffer at a time: the best of 64 .. 1024
     LINE = 16           # floats of a cache line
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
-    SHORT = 256         # elements of a plane below which several are normalised at once
+    SHORT = 32          # elements of a plane below which several are normalised at once
+    LONG = 256          # elements of a plane from which on it is not gathered for its statistics
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
     WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
     BLOCK = 4096        # floats of a buffer of statistics: 16 kB, half of the smallest L1
@@ -491,7 +492,12 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
     for position in range(job.outer):
         at = outer_place(job, position)
         for c in range(job.channels):
-            normalize_run(job, &walk, at, job.inner, k.center + c, k.scale + c, k.shift + c, job.inner, c)
+            if walk.direct and not k.wide:
+                normalize_plane(
+                    <const float *> at.x, <const float *> at.residual, <float *> at.out, job.inner,
+                    k.center + c, k.scale + c, k.shift + c, &job.activation)
+            else:
+                normalize_run(job, &walk, at, job.inner, k.center + c, k.scale + c, k.shift + c, job.inner, c)
             move(&at, job.x.channel, job.residual.channel, job.out.channel)
 
 
@@ -637,7 +643,7 @@ cdef void plane_sums(
     for position in range(job.outer):
         at = x + outer_offset(job, &job.x, position)
         left = job.inner
-        while left >= COLUMNS and job.inner >= SHORT:
+        while left >= COLUMNS and job.inner >= LONG:
             rows = (left if direct else min(left, <Py_ssize_t> BLOCK)) // COLUMNS
             if direct:
                 add(wide, <const float *> at, COLUMNS, rows, COLUMNS, &centers, &sums)
