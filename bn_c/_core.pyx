@@ -35,7 +35,7 @@ cdef extern from "bn_c/cpu.h" nogil:
 cdef enum:
     ABSENT = -1
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
-    PARALLEL = 1 << 18          # elements: below, waking the threads costs more than they save
+    PARALLEL = 1 << 20          # elements: below, waking the threads costs more than they save
     PIECE = 1 << 18             # elements of a piece whose statistics are taken on their own
     UNIT = 1 << 19              # bytes of channels normalised right after their statistics: they are still in L2
 
