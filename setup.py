@@ -35,22 +35,24 @@ machine = sysconfig.get_platform().rsplit("-", 1)[-1].replace("arm64", "aarch64"
 limited = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
-def extension(module: str, source: str, flags: list[str], **options: bool) -> Extension:
+def extension(module: str, source: str, flags: list[str]) -> Extension:
     """One module, with C of its own so that sources compiled several times do not meet."""
-    return cythonize(
+    built = cythonize(
         Extension(
             f"bn_c.{module}",
             [f"bn_c/{source}.pyx"],
             include_dirs=["include"],
             depends=["bn_c/_layout.pxd", f"bn_c/{source}.pyx", "include/bn_c/half.h", "include/bn_c/stream.h"],
-            extra_compile_args=["-g0", *FLAGS, *flags],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if limited else [],
             py_limited_api=limited,
-            **options,
         ),
         build_dir=f"build/{module}",
         compiler_directives=DIRECTIVES,
     )[0]
+    # Set here, as Cython drops `optional` and hands the flags on to the next module of the same source.
+    built.extra_compile_args = ["-g0", *FLAGS, *flags]
+    built.optional = bool(flags)
+    return built
 
 
 isas = ISAS.get(machine, {"generic": []})
@@ -58,7 +60,7 @@ setup(
     ext_modules=[
         extension("_core", "_core", []),
         # A compiler too old for a set leaves it out; `bn_c.supported_isas()` then does not list it.
-        *(extension(f"_kernels_{isa}", "_kernels", flags, optional=bool(flags)) for isa, flags in isas.items()),
+        *(extension(f"_kernels_{isa}", "_kernels", flags) for isa, flags in isas.items()),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {},
 )

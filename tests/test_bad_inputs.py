@@ -657,7 +657,7 @@ def wrong_arrays(base, *, masked_data=True):
     made = {
         "int64": of(lambda a: a.astype("i8")),
         "int32": of(lambda a: a.astype("i4")),
-        "uint64": of(lambda a: a.astype("u8")),
+        "uint64": of(lambda a: abs(a).astype("u8")),
         "bool": of(lambda a: a > 0),
         "complex": of(lambda a: a.astype("c8")),
         "longdouble": of(lambda a: a.astype("g")),
