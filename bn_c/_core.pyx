@@ -16,7 +16,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
     CHANNELS, Activation, Coefficients, Job, Kernels, Operand,
-    is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, size_of, take, take_channels,
+    is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, size_of, take, take_channels, widest_loop,
 )
 
 import sys
@@ -35,7 +35,7 @@ cdef extern from "bn_c/cpu.h" nogil:
 cdef enum:
     ABSENT = -1
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
-    PARALLEL = 1 << 20          # elements: below, waking the threads costs more than they save
+    PARALLEL = 1 << 18          # elements: below, threads are not woken; they pay from some four times as many
     PIECE = 1 << 18             # elements of a piece whose statistics are taken on their own
     UNIT = 1 << 19              # bytes of channels normalised right after their statistics: they are still in L2
 
@@ -462,7 +462,7 @@ cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1
     folded.fold_statistics(eps)
     work.job.coefficients = folded.k
     work.task = NORMALIZE
-    run_parts(work, longest_loop(&work.job), threads)
+    run_parts(work, widest_loop(&work.job), threads)
     return 0
 
 
@@ -513,7 +513,7 @@ cdef object forward(
             run_batch(&work, folded, eps, threads)
         else:
             work.task = NORMALIZE
-            run_parts(&work, longest_loop(job), threads)
+            run_parts(&work, widest_loop(job), threads)
     finally:
         release(&arrays)
     return out

@@ -158,6 +158,13 @@ cdef inline Py_ssize_t loop_length(const Job *job, int loop) noexcept nogil:
     return job.inner if loop == INNER else job.channels
 
 
+cdef inline int widest_loop(const Job *job) noexcept nogil:
+    """The loop that is best cut into parts where all elements are alike: parts in one piece, if there are enough."""
+    if loop_length(job, OUTER) >= 8:
+        return OUTER
+    return CHANNELS if not job.channels_last and job.channels >= 8 else INNER
+
+
 cdef inline int longest_loop(const Job *job) noexcept nogil:
     """The loop over elements of one channel that is best cut into parts."""
     return OUTER if loop_length(job, OUTER) >= min(job.inner, <Py_ssize_t> 64) else INNER
