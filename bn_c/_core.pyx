@@ -36,7 +36,8 @@ cdef enum:
     ABSENT = -1
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
     PARALLEL = 1 << 18          # elements: below, threads are not woken; they pay from some four times as many
-    PIECE = 1 << 18             # elements of a piece whose statistics are taken on their own
+    PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
+    PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
     UNIT = 1 << 19              # bytes of channels normalised right after their statistics: they are still in L2
 
 cdef char NATIVE = ord("<" if sys.byteorder == "little" else ">")
@@ -410,13 +411,13 @@ cdef int run_parts(const Work *work, int loop, int threads) except -1:
 cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) except -1:
     """The statistics, in an order that depends on the arrays alone. Returns the elements per channel.
 
-    Many planes are independent channels. Rows, and few planes, are cut into pieces of a fixed size, whose
-    moments are merged in order.
+    Many planes are independent channels. Rows, and few planes, are cut into pieces, however many threads there
+    are, whose moments are merged in order.
     """
     cdef const Job *job = &work.statistics
     cdef Py_ssize_t count = size_of(job) // job.channels, done = 0, piece_count, index, c
     cdef int loop = longest_loop(job)
-    cdef Py_ssize_t pieces = min(size_of(job) // PIECE, loop_length(job, loop))
+    cdef Py_ssize_t pieces = min(<Py_ssize_t> PIECES, size_of(job) // PIECE, loop_length(job, loop))
     cdef double[:, :, ::1] moments
     cdef Part part
     work.task = MOMENTS
