@@ -78,8 +78,8 @@ cdef inline float *whole_lines(float *storage) noexcept nogil:
 
 
 cdef inline float *away_from(const char *x, float *storage) noexcept nogil:
-    """Where a buffer, longer by PAGE, is half a page off x: CPUs take loads for dependent on stores whose last 12
-    bits of address are the same, and a buffer that happens to be so close to x makes the loop 4 times slower."""
+    """Where a buffer, longer by PAGE, is half a page off x: CPUs may take loads for dependent on stores whose last
+    12 bits of address are the same, and the speed would hang on where the stack happens to be."""
     return storage + ((<size_t> x + 2048) // 64 * 64 - <size_t> storage) % 4096 // 4
 
 
