@@ -9,9 +9,10 @@ a. Everything happens in blocks that stay in L1. A block that is not a run of fl
 b. Statistics are sums of deviations, and of their squares, from a center near the mean: that of a sample
    taken all over the channel. A center that proves to be more than a quarter of a standard deviation off is
    replaced by the mean found, and the sums are taken again.
-   They are kept in columns. Rows of channels are columns as they are; a plane of one channel is cut into
-   COLUMNS of them, added up at the end. So there is no loop over one single sum, and every instruction set
-   vectorises the same additions in the same order: the same bits.
+   They are kept in columns: x is seen as a table whose columns have one channel each. Rows of channels are
+   that as they are, few channels several rows at a time; short planes, several side by side; a long plane is cut
+   into COLUMNS of them. The columns of a channel are added up at the end. So there is no loop over one single
+   sum, and every instruction set vectorises the same additions in the same order: the same bits.
 c. Errors. A deviation (2^-24, twice when squared), its square (2^-24) and a tree of four of them (2 * 2^-24)
    round in float, what follows is double: var is within 5 * 2^-24 = 3e-7. Channels whose squares leave the
    range of float, and integers, are summed in double, twice: for the mean, then about it.
@@ -21,7 +22,7 @@ d. `x == y` is told apart from `x != y` because only then does the compiler know
 
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from cpython.pycapsule cimport PyCapsule_New
 
@@ -56,12 +57,17 @@ cdef enum:
     LINE = 16           # floats of a cache line
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     SHORT = 32          # elements of a plane below which several are normalised at once
-    LONG = 256          # elements of a plane from which on it is not gathered for its statistics
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
     WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
     BLOCK = 4096        # floats of a buffer of statistics: 16 kB, half of the smallest L1
+    WHOLE = 2048        # elements of a channel up to which all are the sample: no slower
     PLANE_SAMPLE = 96   # elements that the center of a channel is guessed from: 1 in 70 is taken twice
     ROW_SAMPLE = 256    # the same where one channel makes all be taken twice: 1 in 16000
+
+cdef enum Sum:
+    DEVIATIONS      # float, their squares left out
+    SQUARES         # float
+    WIDE            # double
 
 cdef float NOT_A_NUMBER = float("nan")
 
@@ -536,41 +542,75 @@ cdef struct Centers:
     double[WIDEST] exact
 
 
+cdef struct Positions:
+    # Where the loops over the elements of a channel lead in one array.
+    const char *data
+    Py_ssize_t inner
+    Py_ssize_t first                # of the outer dimensions
+    const Py_ssize_t *outer
+
+
+cdef struct View:
+    # x as a table: rows of columns, each of one channel, `width` of them side by side.
+    # One step of the inner loop meets channels * width numbers; `per_row` steps make a row.
+    int type
+    Py_ssize_t channels
+    Py_ssize_t width
+    Py_ssize_t per_row
+    Py_ssize_t number               # stride from number to number
+    Py_ssize_t inner
+    Py_ssize_t outer
+    int outer_ndim
+    Py_ssize_t first                # length of the first outer dimension
+    const Py_ssize_t *outer_shape
+    Positions x
+    Positions mask                  # data NULL: every element counts
+
+
 cdef inline bint is_float(int type) noexcept nogil:
     return type == FLOAT32 or type == FLOAT16
 
 
-cdef void clear(Sums *sums, Py_ssize_t columns) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(columns):
-        sums.deviations[c] = 0
-        sums.squares[c] = 0
-
-
 cdef inline void add_block(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
-    double *deviations, double *squares,
+    double *deviations, double *squares, bint squared,
 ) noexcept nogil:
     cdef Py_ssize_t row, c
     cdef const float *a
     cdef const float *b
-    cdef float d0, d1, d2, d3
-    for row in range(0, rows - 3, 4):
+    cdef float m, d0, d1, d2, d3, d4, d5, d6, d7
+    for row in range(0, rows - 7, 8):
         a = x + row * stride
-        b = a + 2 * stride
+        b = a + 4 * stride
+        for c in range(columns):
+            m = center[c] if squared else 0
+            d0 = a[c] - m
+            d1 = a[c + stride] - m
+            d2 = a[c + 2 * stride] - m
+            d3 = a[c + 3 * stride] - m
+            d4 = b[c] - m
+            d5 = b[c + stride] - m
+            d6 = b[c + 2 * stride] - m
+            d7 = b[c + 3 * stride] - m
+            deviations[c] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
+            if squared:
+                squares[c] += <double> ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) \
+                    + <double> ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+    for row in range(rows & ~7, rows - 1, 2):
+        a = x + row * stride
         for c in range(columns):
             d0 = a[c] - center[c]
             d1 = a[c + stride] - center[c]
-            d2 = b[c] - center[c]
-            d3 = b[c + stride] - center[c]
-            deviations[c] += <double> ((d0 + d1) + (d2 + d3))
-            squares[c] += <double> ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
-    for row in range(rows & ~3, rows):
-        a = x + row * stride
+            deviations[c] += <double> (d0 + d1)
+            if squared:
+                squares[c] += <double> (d0 * d0 + d1 * d1)
+    if rows & 1:
+        a = x + (rows - 1) * stride
         for c in range(columns):
             d0 = a[c] - center[c]
             deviations[c] += <double> d0
-            squares[c] += <double> (d0 * d0)
+            if squared:
+                squares[c] += <double> (d0 * d0)
 
 
 cdef inline void add_block_wide(
@@ -586,37 +626,48 @@ cdef inline void add_block_wide(
             sums.squares[c] += d * d
 
 
-cdef void add(
-    bint wide, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
+cdef inline void add_columns(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
+    bint squared,
 ) noexcept nogil:
-    """Adds a block of any size; bits depend on its rows being added four at a time, not on how it is cut here."""
-    cdef Py_ssize_t block = BLOCK // max(columns, <Py_ssize_t> 1) // 4 * 4, some, first
-    if wide:
-        add_block_wide(x, stride, rows, columns, centers.exact, sums)
-        return
+    """Adds a block of any size; bits depend on its rows being added eight at a time, not on how it is cut here."""
+    cdef Py_ssize_t block = BLOCK // max(columns, <Py_ssize_t> 1) // 8 * 8, some, first
     # The sums of COLUMNS columns stay in registers while the block stays in L1.
     while rows > 0:
         some = min(block, rows)
         first = 0
         while first + COLUMNS <= columns:
             add_block(
-                x + first, stride, some, COLUMNS, centers.rounded + first, sums.deviations + first, sums.squares + first)
+                x + first, stride, some, COLUMNS, centers.rounded + first, sums.deviations + first,
+                sums.squares + first, squared)
             first += COLUMNS
-        add_block(
-            x + first, stride, some, columns - first, centers.rounded + first,
-            sums.deviations + first, sums.squares + first)
+        if first < columns:
+            add_block(
+                x + first, stride, some, columns - first, centers.rounded + first, sums.deviations + first,
+                sums.squares + first, squared)
         x += some * stride
         rows -= some
 
 
-cdef double m2_of(double deviations, double squares, double n, double center, bint wide, double *mean) noexcept nogil:
+cdef void add(
+    Sum kind, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
+) noexcept nogil:
+    if kind == WIDE:
+        add_block_wide(x, stride, rows, columns, centers.exact, sums)
+    elif kind == SQUARES:
+        add_columns(x, stride, rows, columns, centers, sums, True)
+    else:
+        add_columns(x, stride, rows, columns, centers, sums, False)
+
+
+cdef double m2_of(double deviations, double squares, double n, double center, Sum kind, double *mean) noexcept nogil:
     """The mean and, returned, m2. NaN if float sums about that center do not tell m2."""
     cdef double off = deviations / n
     cdef double shifted = n * (off * off)
     cdef double m2 = squares - shifted if squares > shifted else 0
     # Wide sums are about the mean itself; where that is infinite, so are they.
-    mean[0] = center + off if not wide or off - off == 0 else center
-    if wide:
+    mean[0] = center + off if kind != WIDE or off - off == 0 else center
+    if kind == WIDE:
         return m2 if squares == squares else squares
     if squares == 0 and fabs(center) >= 1e-14:
         return 0                    # any other float near such a center would have left a square
@@ -624,72 +675,141 @@ cdef double m2_of(double deviations, double squares, double n, double center, bi
     return m2 if squares >= 1e-30 and squares <= 1e37 and shifted <= squares / 16 else NOT_A_NUMBER
 
 
-cdef double sum_of(double *values, Py_ssize_t n) noexcept nogil:
-    """The sum of a power of two of values, which it overwrites."""
-    cdef Py_ssize_t i
-    while n > 1:
+cdef void begin(const View *view, const double *center, Centers *centers, Sums *sums) noexcept nogil:
+    """Each channel's center to all of its columns, whose sums are 0."""
+    cdef Py_ssize_t columns = view.channels * view.width * view.per_row, column = 0, c = 0, i
+    cdef Py_ssize_t alike = columns if view.channels == 1 else view.width
+    memset(sums.deviations, 0, columns * sizeof(double))
+    memset(sums.squares, 0, columns * sizeof(double))
+    while column < columns:
+        for i in range(column, column + alike):
+            centers.exact[i] = center[c]
+            centers.rounded[i] = <float> center[c]
+        column += alike
+        c = c + 1 if c + 1 < view.channels else 0
+
+
+cdef void end(const View *view, Sums *sums) noexcept nogil:
+    """The sums of all columns of a channel at its index."""
+    cdef Py_ssize_t n = view.per_row, numbers = view.channels * view.width, c, i
+    cdef double deviations, squares
+    while n > 1:                                    # a power of two
         n //= 2
-        for i in range(n):
-            values[i] += values[i + n]
-    return values[0]
+        for i in range(n * numbers):
+            sums.deviations[i] += sums.deviations[n * numbers + i]
+            sums.squares[i] += sums.squares[n * numbers + i]
+    for c in range(view.channels if view.width > 1 else 0):
+        deviations = squares = 0
+        for i in range(c * view.width, (c + 1) * view.width):
+            deviations += sums.deviations[i]
+            squares += sums.squares[i]
+        sums.deviations[c] = deviations
+        sums.squares[c] = squares
 
 
-cdef void plane_sums(
-    const Job *job, const char *x, bint wide, double center, double *deviations, double *squares,
+cdef Py_ssize_t place(const View *view, const Positions *array, Py_ssize_t position) noexcept nogil:
+    cdef Py_ssize_t offset = 0
+    cdef int d
+    for d in range(view.outer_ndim - 1, 0, -1):
+        offset += position % view.outer_shape[d] * array.outer[d]
+        position //= view.outer_shape[d]
+    return offset + position * array.first
+
+
+cdef inline void load_steps(const View *view, const char *x, float *to, Py_ssize_t steps) noexcept nogil:
+    """That many steps of the inner loop."""
+    cdef Py_ssize_t numbers = view.channels * view.width, step
+    if view.x.inner == numbers * view.number:
+        load_row(view.type, x, view.number, to, steps * numbers)
+        return
+    for step in range(steps):
+        load_row(view.type, x + step * view.x.inner, view.number, to + step * numbers, numbers)
+
+
+cdef void add_buffer(
+    const View *view, Sum kind, const float *x, Py_ssize_t steps, const Centers *centers, Sums *sums,
 ) noexcept nogil:
-    """One channel, in COLUMNS columns. What long planes leave over, and short ones, is gathered in a buffer."""
-    cdef float[BLOCK] buffer, block
-    cdef Sums sums
+    """Steps that follow each other: whole rows, then what is left of one."""
+    cdef Py_ssize_t rows = steps // view.per_row, numbers = view.channels * view.width
+    cdef Py_ssize_t columns = numbers * view.per_row
+    if rows > 0:
+        add(kind, x, columns, rows, columns, centers, sums)
+    if steps > rows * view.per_row:
+        add(kind, x + rows * columns, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums)
+
+
+cdef Py_ssize_t add_all(
+    const View *view, Sum kind, const double *center, Sums *sums,
+) noexcept nogil:
+    """The sums of each channel about its center, and how many elements of it there are."""
     cdef Centers centers
-    cdef bint direct = is_run(&job.x, job.x.inner)
-    cdef Py_ssize_t filled = 0, position, left, rows, some, c
-    cdef const char *at
-    clear(&sums, COLUMNS)
-    for c in range(COLUMNS):
-        centers.exact[c] = center
-        centers.rounded[c] = <float> center
-    for position in range(job.outer):
-        at = x + outer_offset(job, &job.x, position)
-        left = job.inner
-        while left >= COLUMNS and job.inner >= LONG:
-            rows = (left if direct else min(left, <Py_ssize_t> BLOCK)) // COLUMNS
-            if direct:
-                add(wide, <const float *> at, COLUMNS, rows, COLUMNS, &centers, &sums)
-            else:
-                load_row(job.x.type, at, job.x.inner, block, rows * COLUMNS)
-                add(wide, block, COLUMNS, rows, COLUMNS, &centers, &sums)
-            at += rows * COLUMNS * job.x.inner
-            left -= rows * COLUMNS
-        while left > 0:
-            some = min(left, BLOCK - filled)
-            load_row(job.x.type, at, job.x.inner, buffer + filled, some)
-            at += some * job.x.inner
-            left -= some
-            filled += some
-            if filled == BLOCK:
-                add(wide, buffer, COLUMNS, BLOCK // COLUMNS, COLUMNS, &centers, &sums)
-                filled = 0
-    rows = filled // COLUMNS
-    if filled > 0:
-        add(wide, buffer, COLUMNS, rows, COLUMNS, &centers, &sums)
-        add(wide, buffer + rows * COLUMNS, 0, 1, filled - rows * COLUMNS, &centers, &sums)
-    deviations[0] = sum_of(sums.deviations, COLUMNS)
-    squares[0] = sum_of(sums.squares, COLUMNS)
+    cdef float[BLOCK] buffer
+    cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row
+    cdef bint direct = view.type == FLOAT32 and view.number == 4 and view.mask.data == NULL \
+        and (view.per_row == 1 or view.x.inner == numbers * 4)
+    cdef Py_ssize_t most = BLOCK // columns // 8 * 8 * view.per_row     # the eights of rows stay together
+    cdef Py_ssize_t position, left, some, rows, filled = 0, n = 0
+    cdef const char *x
+    cdef const char *mask
+    begin(view, center, &centers, sums)
+    for position in range(view.outer):
+        x = view.x.data + place(view, &view.x, position)
+        left = view.inner
+        if view.mask.data != NULL:
+            mask = view.mask.data + place(view, &view.mask, position)
+            while left > 0:
+                if mask[0]:
+                    load_steps(view, x, buffer + filled * numbers, 1)
+                    filled += 1
+                    n += 1
+                if filled == most:
+                    add_buffer(view, kind, buffer, filled, &centers, sums)
+                    filled = 0
+                x += view.x.inner
+                mask += view.mask.inner
+                left -= 1
+        elif direct:
+            rows = left // view.per_row
+            if rows > 0:
+                add(kind, <const float *> x, view.per_row * view.x.inner // 4, rows, columns, &centers, sums)
+            left -= rows * view.per_row
+            if left > 0:
+                x += rows * view.per_row * view.x.inner
+                add(kind, <const float *> x, 0, 1, left * numbers, &centers, sums)
+        else:
+            while left > 0:
+                some = min(left, most)
+                load_steps(view, x, buffer, some)
+                add_buffer(view, kind, buffer, some, &centers, sums)
+                x += some * view.x.inner
+                left -= some
+    add_buffer(view, kind, buffer, filled, &centers, sums)
+    end(view, sums)
+    return n * view.width if view.mask.data != NULL else view.outer * view.inner * view.width
 
 
-cdef inline void thin(Py_ssize_t *length, Py_ssize_t *stride, Py_ssize_t most) noexcept nogil:
-    if length[0] > most:
-        stride[0] *= length[0] // most
-        length[0] = most
+cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t most, Py_ssize_t *x, Py_ssize_t *mask) noexcept nogil:
+    """The length of a loop with at most that many steps, which are longer then."""
+    if length <= most:
+        return length
+    x[0] *= length // most
+    mask[0] *= length // most
+    return most
 
 
-cdef Job sample_of(const Job *job, Py_ssize_t elements) noexcept nogil:
-    """The same with but some elements per channel, from all over it."""
-    cdef Job sample = job[0]
-    if job.outer_ndim > 0:
-        thin(&sample.outer_shape[0], &sample.x.outer[0], 8)
-        sample.outer = job.outer // job.outer_shape[0] * sample.outer_shape[0]
-    thin(&sample.inner, &sample.x.inner, max(<Py_ssize_t> 1, elements // sample.outer))
+cdef View sample_of(const View *view) noexcept nogil:
+    """Some elements of each channel, from all over it."""
+    cdef View sample = view[0]
+    if view.outer * view.inner * view.width <= WHOLE:
+        return sample
+    cdef Py_ssize_t most = ROW_SAMPLE if view.channels > 1 and view.width == 1 else PLANE_SAMPLE
+    if view.outer_ndim > 0:
+        sample.first = thinned(view.first, 8, &sample.x.first, &sample.mask.first)
+        sample.outer = view.outer // view.first * sample.first
+    most = max(<Py_ssize_t> (8 if view.width > 1 else 1), most // view.width // sample.outer)
+    sample.inner = thinned(view.inner, most, &sample.x.inner, &sample.mask.inner)
+    if view.channels * view.width == 1:
+        sample.number = sample.x.inner
     return sample
 
 
@@ -699,142 +819,86 @@ cdef inline double center_of(double total, double n) noexcept nogil:
     return <float> total if fabs(total) <= 1e37 else 0
 
 
-cdef void plane_moments(const Job *job, const char *x, double *mean, double *m2) noexcept nogil:
-    cdef double n = job.outer * job.inner, center, deviations, squares
-    cdef Job sample
-    cdef int _attempt
-    if is_float(job.x.type):
-        sample = sample_of(job, PLANE_SAMPLE)
-        plane_sums(&sample, x, False, 0, &deviations, &squares)
-        center = center_of(deviations, sample.outer * sample.inner)
-        for _attempt in range(2):
-            plane_sums(job, x, False, center, &deviations, &squares)
-            m2[0] = m2_of(deviations, squares, n, center, False, mean)
-            if m2[0] == m2[0]:
-                return
-            center = <float> mean[0]
-    plane_sums(job, x, True, 0, &deviations, &squares)
-    center = deviations / n
-    plane_sums(job, x, True, center, &deviations, &squares)
-    m2[0] = m2_of(deviations, squares, n, center, True, mean)
-
-
-cdef struct Rows:
-    # Some of the channels of a job whose rows are channels; rows of few channels are taken several at a time.
-    Py_ssize_t first
-    Py_ssize_t channels
-    Py_ssize_t per_row
-
-
-cdef void spread(const Rows *rows, const double *of_channels, Centers *centers) noexcept nogil:
-    """Each channel's center to all of its columns."""
-    cdef Py_ssize_t _row, c, column = 0
-    for _row in range(rows.per_row):
-        for c in range(rows.channels):
-            centers.exact[column] = of_channels[c]
-            centers.rounded[column] = <float> of_channels[c]
-            column += 1
-
-
-cdef void gather(const Rows *rows, Sums *sums) noexcept nogil:
-    """The sums of all columns of a channel in its first one."""
-    cdef Py_ssize_t row, c
-    for row in range(1, rows.per_row):
-        for c in range(rows.channels):
-            sums.deviations[c] += sums.deviations[row * rows.channels + c]
-            sums.squares[c] += sums.squares[row * rows.channels + c]
-
-
-cdef void row_sums(const Job *job, const Rows *rows, bint wide, const double *center, Sums *sums) noexcept nogil:
-    """The sums of each channel, about its center."""
-    cdef Centers centers
-    cdef float[BLOCK] buffer
-    cdef Py_ssize_t columns = rows.channels * rows.per_row
-    cdef bint direct = is_run(&job.x, job.x.channel) and (rows.per_row == 1 or rows_join(&job.x, job.channels))
-    cdef Py_ssize_t most = BLOCK // columns // 4 * 4 * rows.per_row     # the fours of rows stay together
-    cdef Py_ssize_t position, left, some
-    cdef const char *at
-    clear(sums, columns)
-    spread(rows, center, &centers)
-    for position in range(job.outer):
-        at = job.x.data + outer_offset(job, &job.x, position) + rows.first * job.x.channel
-        left = job.inner
-        while left > 0:
-            # Whole rows of columns, then what is left of one.
-            some = left if direct else min(left, most)
-            some = some - some % rows.per_row if some > rows.per_row else some
-            if direct and some >= rows.per_row:
-                add(wide, <const float *> at, rows.per_row * job.x.inner // 4, some // rows.per_row, columns, &centers, sums)
-            elif direct:
-                add(wide, <const float *> at, 0, 1, some * rows.channels, &centers, sums)
-            else:
-                load(&job.x, at, job.x.channel, buffer, some, rows.channels)
-                if some >= rows.per_row:
-                    add(wide, buffer, columns, some // rows.per_row, columns, &centers, sums)
-                else:
-                    add(wide, buffer, 0, 1, some * rows.channels, &centers, sums)
-            at += some * job.x.inner
-            left -= some
-    gather(rows, sums)
-
-
-cdef void some_row_moments(const Job *job, const Rows *rows, double *mean, double *m2) noexcept nogil:
+cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcept nogil:
     cdef Sums sums
     cdef double[WIDEST] center
-    cdef double n = job.outer * job.inner
-    cdef Job sample
-    cdef Py_ssize_t c
+    cdef View sample
+    cdef Py_ssize_t c, n
     cdef int _attempt, unsafe
-    for c in range(rows.channels):
-        center[c] = 0
+    for c in range(view.channels):
+        center[c] = mean[c] = 0
         m2[c] = NOT_A_NUMBER
-    if is_float(job.x.type):
-        sample = sample_of(job, ROW_SAMPLE)
-        row_sums(&sample, rows, False, center, &sums)
-        for c in range(rows.channels):
-            center[c] = center_of(sums.deviations[c], sample.outer * sample.inner)
+    if is_float(view.type):
+        sample = sample_of(view)
+        n = add_all(&sample, DEVIATIONS, center, &sums)
+        for c in range(view.channels):
+            center[c] = center_of(sums.deviations[c], n)
         for _attempt in range(2):
-            row_sums(job, rows, False, center, &sums)
+            n = add_all(view, SQUARES, center, &sums)
             unsafe = 0
-            for c in range(rows.channels):
+            for c in range(view.channels if n > 0 else 0):
                 if m2[c] != m2[c]:
-                    m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], False, &mean[c])
+                    m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], SQUARES, &mean[c])
                 center[c] = <float> mean[c]
                 unsafe |= m2[c] != m2[c]
             if not unsafe:
-                return
-    for c in range(rows.channels):
+                return n
+    for c in range(view.channels):
         center[c] = 0
-    row_sums(job, rows, True, center, &sums)
-    for c in range(rows.channels):
+    n = add_all(view, WIDE, center, &sums)
+    for c in range(view.channels):
         center[c] = sums.deviations[c] / n
-    row_sums(job, rows, True, center, &sums)
-    for c in range(rows.channels):
+    n = add_all(view, WIDE, center, &sums)
+    for c in range(view.channels if n > 0 else 0):
         if m2[c] != m2[c]:
-            m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], True, &mean[c])
+            m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], WIDE, &mean[c])
+    return n
 
 
-cdef void row_moments(const Job *job, double *mean, double *m2) noexcept nogil:
-    cdef Rows rows
-    rows.first = 0
-    while rows.first < job.channels:
-        rows.channels = min(<Py_ssize_t> WIDEST, job.channels - rows.first)
-        rows.per_row = COLUMNS
-        while rows.per_row > 1 and (
-            job.channels * (rows.per_row // 2) % COLUMNS == 0 or rows.per_row * job.channels > WIDEST
-        ):
-            rows.per_row //= 2
-        some_row_moments(job, &rows, mean + rows.first, m2 + rows.first)
-        rows.first += rows.channels
+cdef View view_of(const Job *job) noexcept nogil:
+    """One channel, or all: the loops as they are."""
+    cdef View view
+    view.type = job.x.type
+    view.channels = view.width = view.per_row = 1
+    view.inner = job.inner
+    view.outer = job.outer
+    view.outer_ndim = job.outer_ndim
+    view.outer_shape = &job.outer_shape[0]
+    view.first = job.outer_shape[0] if job.outer_ndim > 0 else 1
+    view.x = Positions(job.x.data, job.x.inner, job.x.outer[0], &job.x.outer[0])
+    view.mask = Positions(job.residual.data, job.residual.inner, job.residual.outer[0], &job.residual.outer[0])
+    return view
 
 
-cdef void moments(const Job *job, double *mean, double *m2) noexcept nogil:
-    cdef Py_ssize_t c
+cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil:
+    """The elements of each channel that count; their mean, and the sum of their squared deviations from it."""
+    cdef View view = view_of(job)
+    cdef Py_ssize_t first = 0, some, most = 1, n = 0, last = job.outer_ndim - 1
+    view.number = view.x.inner
     if job.channels_last:
-        row_moments(job, mean, m2)
-        return
-    for c in range(job.channels):
-        plane_moments(job, job.x.data + c * job.x.channel, mean + c, m2 + c)
+        most = WIDEST
+        view.number = job.x.channel
+        view.per_row = COLUMNS
+        while view.per_row > 1 and (
+            job.channels * (view.per_row // 2) % COLUMNS == 0 or view.per_row * job.channels > WIDEST
+        ):
+            view.per_row //= 2
+    elif view.mask.data == NULL and job.inner <= WIDEST // 2 and job.x.channel == job.inner * job.x.inner:
+        # Planes are short and follow each other: the columns of several, in rows along another dimension.
+        most = WIDEST // job.inner
+        view.width = job.inner
+        view.inner = job.outer_shape[last] if last >= 0 else 1
+        view.x.inner = job.x.outer[last] if last >= 0 else 0
+        view.outer = job.outer // view.inner
+        view.outer_ndim = max(last, 0)
+    else:
+        view.per_row = COLUMNS
+    while first < job.channels:
+        view.channels = min(most, job.channels - first)
+        view.x.data = job.x.data + first * job.x.channel
+        n = view_moments(&view, mean + first, m2 + first)
+        first += view.channels
+    return n
 
 
 # ---- fold -------------------------------------------------------------------------------------------
