@@ -28,7 +28,7 @@ from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
-    Activation, Coefficients, Job, Kernels, Operand,
+    Activation, Coefficients, Job, Kernels, Operand, magnitude,
 )
 
 cdef extern from "bn_c/half.h" nogil:
@@ -43,6 +43,9 @@ cdef extern from "bn_c/stream.h" nogil:
     bint BN_STREAMS
     void bn_stream(char *to, const char *source, size_t count)
     void bn_stream_end()
+
+cdef extern from "bn_c/half.h" nogil:
+    ctypedef float *apart "bn_apart"        # floats that no other argument leads to
 
 ctypedef fused number:
     float
@@ -89,12 +92,19 @@ cdef inline float *away_from(const char *x, float *storage) noexcept nogil:
     return storage + ((<size_t> x + 2048) // 64 * 64 - <size_t> storage) % 4096 // 4
 
 
-cdef inline void load_numbers(const number *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
+cdef inline void load_numbers(const number *source, Py_ssize_t stride, apart to, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     cdef const char *at = <const char *> source
+    # Strides that are known when this is compiled are vectorised.
     if stride == <Py_ssize_t> sizeof(number):
         for i in range(n):
             to[i] = <float> source[i]
+    elif stride == 2 * <Py_ssize_t> sizeof(number):
+        for i in range(n):
+            to[i] = <float> source[2 * i]
+    elif stride == -<Py_ssize_t> sizeof(number):
+        for i in range(n):
+            to[i] = <float> source[-i]
     else:
         for i in range(n):
             to[i] = <float> (<const number *> (at + i * stride))[0]
@@ -131,15 +141,33 @@ cdef void load_row(int type, const char *source, Py_ssize_t stride, float *to, P
         load_numbers(<const int16_t *> source, stride, to, n)
 
 
-cdef void load(
-    const Operand *operand, const char *source, Py_ssize_t stride, float *to, Py_ssize_t rows, Py_ssize_t columns,
+cdef inline void load_grid(
+    const number *source, Py_ssize_t row_stride, Py_ssize_t stride, apart to, Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
-    cdef Py_ssize_t row
-    if operand.inner == columns * stride:
-        load_row(operand.type, source, stride, to, rows * columns)
-        return
+    cdef Py_ssize_t row, c
+    cdef const char *at
     for row in range(rows):
-        load_row(operand.type, source + row * operand.inner, stride, to + row * columns, columns)
+        at = <const char *> source + row * row_stride
+        for c in range(columns):
+            to[row * columns + c] = <float> (<const number *> (at + c * stride))[0]
+
+
+cdef void load(
+    int type, const char *source, Py_ssize_t row_stride, Py_ssize_t stride, float *to, Py_ssize_t rows, Py_ssize_t columns,
+) noexcept nogil:
+    """Rows of numbers, one after the other."""
+    cdef Py_ssize_t row
+    if row_stride == columns * stride:
+        load_row(type, source, stride, to, rows * columns)
+    elif type == FLOAT32 and columns == 3 and stride == 4:
+        load_grid(<const float *> source, row_stride, 4, to, rows, 3)
+    elif type == FLOAT32 and columns < SHORT:
+        load_grid(<const float *> source, row_stride, stride, to, rows, columns)
+    elif type == UINT8 and columns < SHORT:
+        load_grid(<const uint8_t *> source, row_stride, stride, to, rows, columns)
+    else:
+        for row in range(rows):
+            load_row(type, source + row * row_stride, stride, to + row * columns, columns)
 
 
 cdef void store_row(const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
@@ -190,64 +218,134 @@ cdef inline float activated(float y, int kind, float low, float high, float slop
 
 
 cdef inline void normalize_floats(
-    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const float *x, const float *residual, apart y, Py_ssize_t n,
     const float *center, const float *scale, const float *shift, int step,
-    int kind, const Activation *activation,
+    int kind, const Activation *activation, bint in_place, bint added_to,
 ) noexcept nogil:
     """step is 1 where each element has its own channel, 0 where all have one."""
     cdef Py_ssize_t i
-    cdef float t
+    cdef float t, m = center[0], a = scale[0], b = shift[0]
     cdef float low = activation.low, high = activation.high, slope = activation.slope
     for i in range(n):
-        t = (x[i] - center[i * step]) * scale[i * step] + shift[i * step]
-        if residual != NULL:
+        if step:
+            m, a, b = center[i], scale[i], shift[i]
+        t = ((y[i] if in_place else x[i]) - m) * a + b
+        if added_to:
             t = t + residual[i]
         y[i] = activated(t, kind, low, high, slope)
 
 
+cdef inline void normalize_strip(
+    const float *x, const float *residual, apart y, Py_ssize_t stride, Py_ssize_t rows,
+    const float *center, const float *scale, const float *shift,
+    int kind, const Activation *activation, bint in_place, bint added_to,
+) noexcept nogil:
+    """COLUMNS channels of each row: their coefficients stay in registers."""
+    cdef float[COLUMNS] m, a, b
+    cdef Py_ssize_t row, c
+    cdef float t
+    cdef float low = activation.low, high = activation.high, slope = activation.slope
+    for c in range(COLUMNS):
+        m[c] = center[c]
+        a[c] = scale[c]
+        b[c] = shift[c]
+    for row in range(rows):
+        for c in range(COLUMNS):
+            t = ((y[row * stride + c] if in_place else x[row * stride + c]) - m[c]) * a[c] + b[c]
+            if added_to:
+                t = t + residual[row * stride + c]
+            y[row * stride + c] = activated(t, kind, low, high, slope)
+
+
+cdef inline void normalize_table(
+    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
+    const float *center, const float *scale, const float *shift, int kind, const Activation *activation, bint in_place, bint added_to,
+) noexcept nogil:
+    """n elements, rows of channels; what is not whole rows of whole strips is done element by element."""
+    cdef Py_ssize_t rows, row, c, some, block = max(<Py_ssize_t> 8, BLOCK // columns), strips = columns // COLUMNS * COLUMNS
+    cdef const float *added = residual
+    rows = n // columns
+    while rows >= 4:
+        some = min(block, rows)
+        c = 0
+        while c < strips:
+            normalize_strip(
+                x + c, added + c if added_to else NULL, y + c, columns, some, center + c, scale + c, shift + c,
+                kind, activation, in_place, added_to)
+            c += COLUMNS
+        for row in range(some if strips < columns else 0):
+            c = row * columns + strips
+            normalize_floats(
+                x + c, added + c if added_to else NULL, y + c, columns - strips, center + strips, scale + strips,
+                shift + strips, 1, kind, activation, in_place, added_to)
+        x += some * columns
+        y += some * columns
+        if added_to:
+            added += some * columns
+        rows -= some
+        n -= some * columns
+    while n > 0:
+        some = min(n, columns)
+        normalize_floats(
+            x, added if added_to else NULL, y, some, center, scale, shift, 1, kind, activation, in_place, added_to)
+        x += some
+        y += some
+        if added_to:
+            added += some
+        n -= some
+
+
+cdef inline void normalize_some(
+    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
+    const float *center, const float *scale, const float *shift, int kind, const Activation *activation, bint in_place, bint added_to,
+) noexcept nogil:
+    if columns:
+        normalize_table(x, residual, y, n, columns, center, scale, shift, kind, activation, in_place, added_to)
+    else:
+        normalize_floats(x, residual, y, n, center, scale, shift, 0, kind, activation, in_place, added_to)
+
+
 cdef inline void normalize_activated(
-    const float *x, const float *residual, float *y, Py_ssize_t n,
-    const float *center, const float *scale, const float *shift, int step,
-    const Activation *activation,
+    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
+    const float *center, const float *scale, const float *shift, const Activation *activation, bint in_place, bint added_to,
 ) noexcept nogil:
     if activation.kind == IDENTITY:
-        normalize_floats(x, residual, y, n, center, scale, shift, step, IDENTITY, activation)
+        normalize_some(x, residual, y, n, columns, center, scale, shift, IDENTITY, activation, in_place, added_to)
     elif activation.kind == CLIP:
-        normalize_floats(x, residual, y, n, center, scale, shift, step, CLIP, activation)
+        normalize_some(x, residual, y, n, columns, center, scale, shift, CLIP, activation, in_place, added_to)
     elif activation.kind == LEAKY_RELU:
-        normalize_floats(x, residual, y, n, center, scale, shift, step, LEAKY_RELU, activation)
+        normalize_some(x, residual, y, n, columns, center, scale, shift, LEAKY_RELU, activation, in_place, added_to)
     else:
-        normalize_floats(x, residual, y, n, center, scale, shift, step, HARD_SWISH, activation)
+        normalize_some(x, residual, y, n, columns, center, scale, shift, HARD_SWISH, activation, in_place, added_to)
 
 
 cdef inline void normalize_located(
-    const float *x, const float *residual, float *y, Py_ssize_t n,
-    const float *center, const float *scale, const float *shift, int step,
-    const Activation *activation,
+    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
+    const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
     if residual != NULL:
         if x == y:
-            normalize_activated(y, residual, y, n, center, scale, shift, step, activation)
+            normalize_activated(x, residual, y, n, columns, center, scale, shift, activation, True, True)
         else:
-            normalize_activated(x, residual, y, n, center, scale, shift, step, activation)
+            normalize_activated(x, residual, y, n, columns, center, scale, shift, activation, False, True)
     elif x == y:
-        normalize_activated(y, NULL, y, n, center, scale, shift, step, activation)
+        normalize_activated(x, NULL, y, n, columns, center, scale, shift, activation, True, False)
     else:
-        normalize_activated(x, NULL, y, n, center, scale, shift, step, activation)
+        normalize_activated(x, NULL, y, n, columns, center, scale, shift, activation, False, False)
 
 
 cdef void normalize_plane(
-    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const float *x, const float *residual, apart y, Py_ssize_t n,
     const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
-    normalize_located(x, residual, y, n, center, scale, shift, 0, activation)
+    normalize_located(x, residual, y, n, 0, center, scale, shift, activation)
 
 
 cdef void normalize_channels(
-    const float *x, const float *residual, float *y, Py_ssize_t n,
+    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
     const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
-    normalize_located(x, residual, y, n, center, scale, shift, 1, activation)
+    normalize_located(x, residual, y, n, columns, center, scale, shift, activation)
 
 
 cdef Py_ssize_t normalize_halves(
@@ -325,16 +423,19 @@ cdef struct Walk:
     bint halves                     # x and out are halves, one after the other, with nothing else to be done
     bint direct                     # all are, and out is written where it is
     int step                        # 1: the loop runs over channels, 0: it stays in one
+    Py_ssize_t columns              # with step 1: after that many, the channels repeat
 
 
 cdef Walk walk_of(const Job *job, int step) noexcept nogil:
     cdef Walk walk
     walk.step = step
+    walk.columns = job.channels
     walk.x = job.x.channel if step else job.x.inner
     walk.residual = job.residual.channel if step else job.residual.inner
     walk.out = job.out.channel if step else job.out.inner
     walk.x_is_run = is_run(&job.x, walk.x)
-    walk.residual_is_run = job.residual.data == NULL or is_run(&job.residual, walk.residual)
+    walk.residual_is_run = job.residual.data == NULL or (
+        is_run(&job.residual, walk.residual) and job.residual.data != job.out.data)
     walk.out_is_run = is_run(&job.out, walk.out)
     walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.x == 2 and walk.out == 2 \
         and job.residual.data == NULL and job.activation.kind <= CLIP and not job.coefficients.wide \
@@ -372,15 +473,15 @@ cdef void normalize_chunk(
         shift += done * walk.step
         source = <const float *> at.x
     if not x_is_run:
-        load(&job.x, at.x, walk.x, y, rows, columns)
+        load(job.x.type, at.x, job.x.inner, walk.x, y, rows, columns)
         source = y
     if at.residual != NULL and not (walk.residual_is_run and rows == 1):
-        load(&job.residual, at.residual, walk.residual, residual_buffer, rows, columns)
+        load(job.residual.type, at.residual, job.residual.inner, walk.residual, residual_buffer, rows, columns)
         added = residual_buffer
     if job.coefficients.wide:
         normalize_wide(source, added, y, columns, &job.coefficients, first, walk.step, &job.activation)
     elif walk.step:
-        normalize_channels(source, added, y, n, center, scale, shift, &job.activation)
+        normalize_channels(source, added, y, n, walk.columns, center, scale, shift, &job.activation)
     else:
         normalize_plane(source, added, y, n, center, scale, shift, &job.activation)
     if not into_out:
@@ -392,7 +493,7 @@ cdef void normalize_run(
     const float *center, const float *scale, const float *shift, Py_ssize_t period, Py_ssize_t first,
 ) noexcept nogil:
     """Elements one stride from each other. Where their coefficients repeat, after `period`, they are there twice."""
-    cdef Py_ssize_t most = period if walk.direct or walk.halves else min(<Py_ssize_t> CHUNK, period)
+    cdef Py_ssize_t most = total if walk.direct else (period if walk.halves else min(<Py_ssize_t> CHUNK, period))
     cdef Py_ssize_t phase = 0, n = most
     if job.stream and 0 < walk.out <= 4 and <size_t> at.out % 64 > 0:
         # The first chunk ends where a cache line of out does, and so do all, most being whole lines.
@@ -418,14 +519,12 @@ cdef inline bint planes_join(const Operand *operand, Py_ssize_t inner) noexcept 
     return operand.data == NULL or operand.channel == inner * operand.inner
 
 
-cdef Py_ssize_t pattern_rows(Py_ssize_t channels) noexcept nogil:
-    """How many rows of few channels make a pattern, in whole lines if it can be; 0 if not even one does."""
-    cdef Py_ssize_t whole = 16
-    while whole > 1 and channels * (whole // 2) % 16 == 0:
-        whole //= 2
-    if whole * channels <= PATTERN:
-        return PATTERN // (whole * channels) * whole
-    return PATTERN // channels
+cdef Py_ssize_t rows_per_strip(Py_ssize_t channels) noexcept nogil:
+    """How many rows of few channels make whole strips; 1 if they are too many for a pattern."""
+    cdef Py_ssize_t rows = COLUMNS
+    while rows > 1 and channels * (rows // 2) % COLUMNS == 0:
+        rows //= 2
+    return rows if rows * channels <= PATTERN else 1
 
 
 cdef struct Pattern:
@@ -455,18 +554,24 @@ cdef void normalize_rows(const Job *job) noexcept nogil:
     cdef const Coefficients *k = &job.coefficients
     cdef Walk walk = walk_of(job, 1)
     cdef Py_ssize_t channels = job.channels, position, row, some, _row
-    cdef Py_ssize_t rows = pattern_rows(channels)
+    cdef Py_ssize_t per_strip = rows_per_strip(channels)
+    cdef Py_ssize_t rows = PATTERN // (per_strip * channels) * per_strip
     cdef bint joined = rows_join(&job.x, channels) and rows_join(&job.out, channels) and rows_join(&job.residual, channels)
     cdef bint plain = rows == 0 or k.wide or job.inner < 4
     cdef Place at
     pattern.n = 0
     for _row in range(0 if plain else 2 * rows):
         repeat(&pattern, k, 0, channels, 1)
+    if not plain:
+        walk.columns = per_strip * channels
     for position in range(job.outer):
         at = outer_place(job, position)
         if joined and not plain:
             normalize_run(
                 job, &walk, at, job.inner * channels, pattern.center, pattern.scale, pattern.shift, rows * channels, 0)
+            continue
+        if joined and walk.direct and not k.wide:
+            normalize_run(job, &walk, at, job.inner * channels, k.center, k.scale, k.shift, channels, 0)
             continue
         row = 0
         while row < job.inner:
@@ -487,6 +592,7 @@ cdef void normalize_short_planes(const Job *job) noexcept nogil:
     cdef Py_ssize_t first = 0, planes, position
     cdef Place at
     walk.step = 1
+    walk.columns = 2 * PATTERN
     while first < job.channels:
         planes = min(2 * PATTERN // job.inner, job.channels - first)
         pattern.n = 0
@@ -499,20 +605,37 @@ cdef void normalize_short_planes(const Job *job) noexcept nogil:
 
 
 cdef void normalize_planes(const Job *job) noexcept nogil:
+    """In the order of x in memory: outer loops of shorter strides than the channels' run inside these."""
     cdef const Coefficients *k = &job.coefficients
     cdef Walk walk = walk_of(job, 0)
-    cdef Py_ssize_t position, c
-    cdef Place at
-    for position in range(job.outer):
-        at = outer_place(job, position)
+    cdef int last = job.outer_ndim - 1, d = last
+    cdef Py_ssize_t inside = 1, run = 1, position = 0, c, i, _j
+    cdef Place start, at
+    while d >= 0 and magnitude(job.x.outer[d]) < magnitude(job.x.channel):
+        inside *= job.outer_shape[d]
+        run = job.outer_shape[last]
+        d -= 1
+    while position < job.outer:
+        start = outer_place(job, position)
         for c in range(job.channels):
-            if walk.direct and not k.wide:
-                normalize_plane(
-                    <const float *> at.x, <const float *> at.residual, <float *> at.out, job.inner,
-                    k.center + c, k.scale + c, k.shift + c, &job.activation)
-            else:
-                normalize_run(job, &walk, at, job.inner, k.center + c, k.scale + c, k.shift + c, job.inner, c)
-            move(&at, job.x.channel, job.residual.channel, job.out.channel)
+            at = start
+            i = 0
+            while i < inside:
+                if i > 0:
+                    at = outer_place(job, position + i)
+                    move(&at, c * job.x.channel, c * job.residual.channel, c * job.out.channel)
+                for _j in range(run):
+                    if walk.direct and not k.wide:
+                        normalize_plane(
+                            <const float *> at.x, <const float *> at.residual, <float *> at.out, job.inner,
+                            k.center + c, k.scale + c, k.shift + c, &job.activation)
+                    else:
+                        normalize_run(job, &walk, at, job.inner, k.center + c, k.scale + c, k.shift + c, job.inner, c)
+                    if inside > 1:
+                        move(&at, job.x.outer[last], job.residual.outer[last], job.out.outer[last])
+                i += run
+            move(&start, job.x.channel, job.residual.channel, job.out.channel)
+        position += inside
 
 
 cdef void normalize(const Job *job) noexcept nogil:
@@ -716,16 +839,6 @@ cdef Py_ssize_t place(const View *view, const Positions *array, Py_ssize_t posit
     return offset + position * array.first
 
 
-cdef inline void load_steps(const View *view, const char *x, float *to, Py_ssize_t steps) noexcept nogil:
-    """That many steps of the inner loop."""
-    cdef Py_ssize_t numbers = view.channels * view.width, step
-    if view.x.inner == numbers * view.number:
-        load_row(view.type, x, view.number, to, steps * numbers)
-        return
-    for step in range(steps):
-        load_row(view.type, x + step * view.x.inner, view.number, to + step * numbers, numbers)
-
-
 cdef void add_buffer(
     const View *view, Sum kind, const float *x, Py_ssize_t steps, const Centers *centers, Sums *sums,
 ) noexcept nogil:
@@ -759,7 +872,7 @@ cdef Py_ssize_t add_all(
             mask = view.mask.data + place(view, &view.mask, position)
             while left > 0:
                 if mask[0]:
-                    load_steps(view, x, buffer + filled * numbers, 1)
+                    load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, 1, numbers)
                     filled += 1
                     n += 1
                 if filled == most:
@@ -779,7 +892,7 @@ cdef Py_ssize_t add_all(
         else:
             while left > 0:
                 some = min(left, most)
-                load_steps(view, x, buffer, some)
+                load(view.type, x, view.x.inner, view.number, buffer, some, numbers)
                 add_buffer(view, kind, buffer, some, &centers, sums)
                 x += some * view.x.inner
                 left -= some
@@ -883,9 +996,9 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
             job.channels * (view.per_row // 2) % COLUMNS == 0 or view.per_row * job.channels > WIDEST
         ):
             view.per_row //= 2
-    elif view.mask.data == NULL and job.inner <= WIDEST // 2 and job.x.channel == job.inner * job.x.inner:
-        # Planes are short and follow each other: the columns of several, in rows along another dimension.
-        most = WIDEST // job.inner
+    elif view.mask.data == NULL and job.inner <= WIDEST // 2:
+        # Planes are short: their elements are columns, of several channels that follow each other.
+        most = WIDEST // job.inner if job.x.channel == job.inner * job.x.inner else 1
         view.width = job.inner
         view.inner = job.outer_shape[last] if last >= 0 else 1
         view.x.inner = job.x.outer[last] if last >= 0 else 0

@@ -16,6 +16,9 @@
 #include <arm_neon.h>
 #endif
 
+/* What a function reads otherwise does not overlap these. */
+typedef float *restrict bn_apart;
+
 /* Whether the CPU has instructions that convert. */
 #if defined(__F16C__) || defined(__aarch64__)
 #define BN_CONVERTS_HALVES 1
