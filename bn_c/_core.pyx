@@ -38,7 +38,8 @@ cdef enum:
     PARALLEL = 1 << 18          # elements: below, threads are not woken; they pay from some four times as many
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
-    UNIT = 1 << 19              # bytes of channels normalised right after their statistics: they are still in L2
+    UNIT = 1 << 18              # bytes of channels normalised right after their statistics: they are still in L2
+    RUN = 512                   # elements of planes that follow each other in such a unit, at least
 
 cdef char NATIVE = ord("<" if sys.byteorder == "little" else ">")
 cdef const Kernels *kernels = NULL
@@ -340,7 +341,9 @@ cdef struct Work:
 cdef void normalize_units(const Work *work) noexcept nogil:
     cdef Job unit, statistics
     cdef Py_ssize_t start = 0, stop, c
-    cdef Py_ssize_t step = max(<Py_ssize_t> 1, <Py_ssize_t> (UNIT / (work.count * 4)))
+    # Short planes that follow each other are read in runs of at least half a page.
+    cdef Py_ssize_t step = max(
+        <Py_ssize_t> 1, <Py_ssize_t> (UNIT / (work.count * 4)), RUN // max(work.statistics.inner, <Py_ssize_t> 1))
     while start < work.job.channels:
         stop = min(start + step, work.job.channels)
         unit = work.job
