@@ -74,6 +74,26 @@ def why(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def mask(value: Any, x: NDArray[Any], at: int) -> tuple[NDArray[np.uint8] | None, int]:
+    """As an array of the shape of x, whose channels share it, and how many elements of each channel it selects."""
+    if value is None:
+        return None, 0
+    result = array("mask", value)
+    if result.dtype != np.bool_:
+        raise TypeError(f"mask: expected bool, got {result.dtype}")
+    at = at % x.ndim if channels(x, at) >= 0 else at
+    sizes = x.shape[:at] + x.shape[at + 1 :]
+    try:
+        result = np.broadcast_to(result, sizes)
+    except ValueError as error:
+        raise ValueError(
+            f"mask: expected shape {shape(sizes)}, that of x without axis {at}, or one that broadcasts to it, "
+            f"got {shape(result.shape)}"
+        ) from error
+    selected = np.broadcast_to(np.expand_dims(result.view(np.uint8), at), x.shape)
+    return selected, int(np.count_nonzero(result))
+
+
 def optional_array(name: str, value: Any) -> NDArray[Any] | None:
     """As `array`; None stays None."""
     return None if value is None else array(name, value)
@@ -224,11 +244,6 @@ def vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]]:
     if result.shape != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), one value per channel, got {shape(result.shape)}")
     return result
-
-
-def optional_vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]] | None:
-    """As `vector`; None stays None."""
-    return None if value is None else vector(name, value, channels)
 
 
 def out_dtype(value: Any) -> np.dtype[Any] | None:

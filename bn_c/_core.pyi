@@ -20,10 +20,26 @@ def normalize(
     out: NDArray[Any] | None,
     threads: int,
 ) -> NDArray[Any]: ...
+def normalize_given(
+    x: Any,
+    mean: Any,
+    var: Any,
+    gamma: Any,
+    beta: Any,
+    eps: Any,
+    axis: Any,
+    residual: Any,
+    activation: Any,
+    dtype: Any,
+    out: Any,
+    num_threads: int | None,
+) -> NDArray[Any]: ...
 def normalize_batch(
     x: NDArray[Any],
     folded: Folded,
     eps: float,
+    mask: NDArray[Any] | None,
+    counted: int,
     activation: Activation,
     axis: int,
     residual: NDArray[Any] | None,
@@ -31,16 +47,20 @@ def normalize_batch(
     out: NDArray[Any] | None,
     threads: int,
 ) -> NDArray[Any]: ...
-def moments(x: NDArray[Any], axis: int, channels: int | None, threads: int) -> tuple[int, Doubles, Doubles]: ...
+def moments(
+    x: NDArray[Any], mask: NDArray[Any] | None, counted: int, axis: int, channels: int | None, threads: int
+) -> tuple[int, Doubles, Doubles]: ...
 
 class Folded:
     channels: int
-    def __init__(self, channels: int, gamma: NDArray[Any] | None = None, beta: NDArray[Any] | None = None) -> None: ...
-    def fold(self, mean: NDArray[Any] | None, var: NDArray[Any] | None, eps: float) -> Folded: ...
+    def __init__(self, channels: int, gamma: Any = None, beta: Any = None) -> None: ...
+    def fold(self, mean: Any, var: Any, eps: float) -> Folded: ...
     def statistics(self) -> tuple[int, Doubles, Doubles]: ...
 
 class Layer:
     _ready: Folded | None
     _version: object
     def _keep(self, folded: Folded, version: object, activation: Activation, axis: int, threads: int) -> None: ...
-    def __call__(self, x: Any, *, residual: Any = None, dtype: Any = None, out: Any = None) -> NDArray[Any]: ...
+    def __call__(
+        self, x: Any, *, residual: Any = None, mask: Any = None, dtype: Any = None, out: Any = None
+    ) -> NDArray[Any]: ...

@@ -7,7 +7,8 @@ b. Everything is checked before the first element is written.
 c. Compiled for the baseline; only the kernels know more, and they are handed in by `use`.
 """
 
-from libc.string cimport memset
+from libc.math cimport INFINITY
+from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
@@ -66,6 +67,7 @@ def use(capsule, Py_ssize_t cache):
 
 cdef struct Arrays:
     Py_buffer x
+    Py_buffer mask
     Py_buffer residual
     Py_buffer out
 
@@ -201,6 +203,7 @@ cdef new_out(x, int type, dtype):
 cdef void release(Arrays *arrays) noexcept:
     # Releasing what was never taken (obj is NULL) does nothing.
     PyBuffer_Release(&arrays.x)
+    PyBuffer_Release(&arrays.mask)
     PyBuffer_Release(&arrays.residual)
     PyBuffer_Release(&arrays.out)
 
@@ -214,13 +217,22 @@ cdef int take_input(Arrays *arrays, Job *job, x, Py_ssize_t axis, Py_ssize_t cha
     return at
 
 
+cdef int take_mask(Arrays *arrays, Job *statistics, mask) except -1:
+    """`mask` as `_checks.mask` returns it: in the place of a residual, which statistics have none of."""
+    statistics.residual.data = statistics.out.data = NULL
+    if mask is not None:
+        take_array(&arrays.mask, &statistics.residual, "mask", mask, False, True)
+        same_shape("mask", &arrays.mask, &arrays.x)
+    return 0
+
+
 cdef int take_residual(Arrays *arrays, Job *job, residual) except -1:
     take_array(&arrays.residual, &job.residual, "residual", residual, False, False)
     same_shape("residual", &arrays.residual, &arrays.x)
     return 0
 
 
-cdef int take_given_out(Arrays *arrays, Job *job, x, residual, out, dtype) except -1:
+cdef int take_given_out(Arrays *arrays, Job *job, x, mask, residual, out, dtype) except -1:
     take_array(&arrays.out, &job.out, "out", out, True, False)
     same_shape("out", &arrays.out, &arrays.x)
     if dtype is not None and out.dtype != dtype:
@@ -228,6 +240,8 @@ cdef int take_given_out(Arrays *arrays, Job *job, x, residual, out, dtype) excep
     if arrays.out.len > 0:
         no_self_overlap(&arrays.out)
         no_overlap("x", &arrays.x, x, &arrays.out, out)
+        if mask is not None:
+            no_overlap("mask", &arrays.mask, mask, &arrays.out, out)
         if residual is not None:
             no_overlap("residual", &arrays.residual, residual, &arrays.out, out)
     return 0
@@ -247,13 +261,42 @@ cdef enum:
     ROUNDED_ROWS = 3    # center, scale, shift
 
 
+cdef bint copied(values, double *to, Py_ssize_t channels) except -1:
+    """Copies a vector of floats or doubles that has one element per channel; False, and nothing, if it is not that."""
+    cdef Py_buffer view
+    cdef Py_ssize_t c, stride
+    cdef const char *data
+    if type(values) is not ndarray:
+        return False
+    try:
+        PyObject_GetBuffer(values, &view, PyBUF_STRIDES | PyBUF_FORMAT)
+    except (ValueError, BufferError):
+        return False
+    try:
+        if view.ndim != 1 or view.shape[0] != channels or view.format == NULL or view.format[1] != 0:
+            return False
+        stride = view.strides[0]
+        data = <const char *> view.buf
+        if (<size_t> data | <size_t> stride) % <size_t> view.itemsize:
+            return False
+        if view.format[0] == b"f":
+            for c in range(channels):
+                to[c] = (<const float *> (data + c * stride))[0]
+        elif view.format[0] == b"d":
+            for c in range(channels):
+                to[c] = (<const double *> (data + c * stride))[0]
+        else:
+            return False
+    finally:
+        PyBuffer_Release(&view)
+    return True
+
+
 cdef class Folded:
     """The parameters of each channel, in double, and what the loops need of them, in float."""
     cdef readonly Py_ssize_t channels
     cdef Py_ssize_t count
-    cdef object table
-    cdef double[:, ::1] exact
-    cdef float *rounded
+    cdef double *exact
     cdef Coefficients k
     # Of the layer that keeps it.
     cdef Activation activation
@@ -261,47 +304,67 @@ cdef class Folded:
     cdef int threads
 
     def __cinit__(self, Py_ssize_t channels, gamma=None, beta=None):
+        cdef float *rounded
         self.channels = channels
-        self.rounded = <float *> PyMem_Malloc(ROUNDED_ROWS * max(channels, 1) * sizeof(float))
-        if self.rounded == NULL:
+        self.exact = <double *> PyMem_Malloc(
+            max(channels, 1) * (EXACT_ROWS * sizeof(double) + ROUNDED_ROWS * sizeof(float)))
+        if self.exact == NULL:
             raise MemoryError()
-        self.table = np.empty((EXACT_ROWS, max(channels, 1)))
-        self.exact = self.table
-        self.fill(GAMMA, gamma, 1)
-        self.fill(BETA, beta, 0)
+        rounded = <float *> self.row(EXACT_ROWS)
         self.k = Coefficients(
-            mean=&self.exact[MEAN, 0], std=&self.exact[STD, 0], gamma=&self.exact[GAMMA, 0], beta=&self.exact[BETA, 0],
-            center=self.rounded, scale=self.rounded + channels, shift=self.rounded + 2 * channels, wide=False)
+            mean=self.row(MEAN), std=self.row(STD), gamma=self.row(GAMMA), beta=self.row(BETA),
+            center=rounded, scale=rounded + channels, shift=rounded + 2 * channels, wide=False)
+        if gamma is None:
+            self.set_all(GAMMA, 1)
+        else:
+            self.fill("gamma", GAMMA, gamma)
+        if beta is None:
+            self.set_all(BETA, 0)
+        else:
+            self.fill("beta", BETA, beta)
 
     def __dealloc__(self):
-        PyMem_Free(self.rounded)
+        PyMem_Free(self.exact)
 
-    cdef int fill(self, int row, values, double absent) except -1:
+    cdef double *row(self, int row) noexcept:
+        return self.exact + row * self.channels
+
+    cdef void set_all(self, int row, double value) noexcept:
         cdef Py_ssize_t c
-        if values is not None:
-            self.table[row, :self.channels] = values
-            return 0
         for c in range(self.channels):
-            self.exact[row, c] = absent
+            self.row(row)[c] = value
+
+    cdef int fill(self, str name, int row, values) except -1:
+        if not copied(values, self.row(row), self.channels):
+            values = _checks.vector(name, values, self.channels).astype(np.float64)
+            if not copied(values, self.row(row), self.channels):
+                raise ValueError(f"{name}: expected {self.channels} values, got shape {_checks.shape(values.shape)}")
         return 0
 
     def fold(self, mean, var, double eps):
         """Takes the statistics to normalise with; returns itself."""
-        self.table[MEAN, :self.channels] = mean
-        self.table[VAR, :self.channels] = var
+        self.fill("mean", MEAN, mean)
+        self.fill("var", VAR, var)
         self.fold_statistics(eps)
         return self
 
     cdef void fold_statistics(self, double eps) noexcept:
         cdef bn_fp_state state
         bn_fp_enter(&state)
-        kernels.fold(&self.k, self.channels, &self.exact[VAR, 0], eps)
+        kernels.fold(&self.k, self.channels, self.row(VAR), eps)
         bn_fp_leave(&state)
+
+    cdef object copy_of(self, int row):
+        cdef double[::1] copy
+        result = np.empty(self.channels)
+        if self.channels > 0:
+            copy = result
+            memcpy(&copy[0], self.row(row), self.channels * sizeof(double))
+        return result
 
     def statistics(self):
         """Of the mini-batch that was normalised: elements per channel, mean, sum of squared deviations."""
-        return (
-            self.count, self.table[MEAN, :self.channels].copy(), self.table[VAR, :self.channels] * self.count)
+        return self.count, self.copy_of(MEAN), self.copy_of(VAR) * self.count
 
 
 cdef dict activation_kinds = {
@@ -334,7 +397,8 @@ cdef struct Work:
     double *mean            # of MOMENTS
     double *m2
     double *var             # of BOTH
-    double count
+    Py_ssize_t counted      # of MOMENTS: elements of each channel that the mask did not leave out
+    double count            # of BOTH: the same, beforehand
     double eps
 
 
@@ -358,13 +422,13 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         start = stop
 
 
-cdef void run(const Work *work) noexcept nogil:
+cdef void run(Work *work) noexcept nogil:
     cdef bn_fp_state state
     bn_fp_enter(&state)
     if work.task == NORMALIZE:
         kernels.normalize(&work.job)
     elif work.task == MOMENTS:
-        kernels.moments(&work.statistics, work.mean, work.m2)
+        work.counted = kernels.moments(&work.statistics, work.mean, work.m2)
     else:
         normalize_units(work)
     bn_fp_leave(&state)
@@ -396,7 +460,7 @@ cdef Part part_of(const Work *work, int loop, Py_ssize_t index, Py_ssize_t parts
     return part
 
 
-cdef int run_parts(const Work *work, int loop, int threads) except -1:
+cdef int run_parts(Work *work, int loop, int threads) except -1:
     """Runs all of the work; with several threads, in parts of one of its loops."""
     cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
     cdef Py_ssize_t parts
@@ -411,14 +475,14 @@ cdef int run_parts(const Work *work, int loop, int threads) except -1:
     return 0
 
 
-cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) except -1:
-    """The statistics, in an order that depends on the arrays alone. Returns the elements per channel.
+cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -1:
+    """The statistics, in an order that depends on the arrays alone.
 
     Many planes are independent channels. Rows, and few planes, are cut into pieces, however many threads there
     are, whose moments are merged in order.
     """
     cdef const Job *job = &work.statistics
-    cdef Py_ssize_t count = size_of(job) // job.channels, done = 0, piece_count, index, c
+    cdef Py_ssize_t done = 0, index, c
     cdef int loop = longest_loop(job)
     cdef Py_ssize_t pieces = min(<Py_ssize_t> PIECES, size_of(job) // PIECE, loop_length(job, loop))
     cdef double[:, :, ::1] moments
@@ -428,7 +492,7 @@ cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) e
     work.m2 = m2
     if pieces < 2 or is_planes(job):
         run_parts(work, CHANNELS, threads if is_planes(job) else 1)
-        return count
+        return 0
     moments = np.empty((pieces, 2, job.channels))
     parts = []
     for index in range(pieces):
@@ -439,28 +503,27 @@ cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) e
     _threads.run(parts, threads)
     for index in range(pieces):
         part = parts[index]
-        piece_count = size_of(&part.work.statistics) // job.channels
-        for c in range(job.channels):
+        for c in range(job.channels if part.work.counted > 0 else 0):
             if done == 0:
                 mean[c] = moments[index, 0, c]
                 m2[c] = moments[index, 1, c]
             else:
-                merge_moments(&mean[c], &m2[c], done, moments[index, 0, c], moments[index, 1, c], piece_count)
-        done += piece_count
-    return count
+                merge_moments(&mean[c], &m2[c], done, moments[index, 0, c], moments[index, 1, c], part.work.counted)
+        done += part.work.counted
+    return 0
 
 
 cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1:
     """The statistics, folded, and y."""
     cdef Py_ssize_t c
-    work.var = &folded.exact[VAR, 0]
+    work.var = folded.row(VAR)
     work.eps = eps
     work.count = folded.count
     if is_planes(&work.job):
         work.task = BOTH
         run_parts(work, CHANNELS, threads)
         return 0
-    run_moments(work, &folded.exact[MEAN, 0], work.var, threads)
+    run_moments(work, folded.row(MEAN), work.var, threads)
     for c in range(folded.channels):
         work.var[c] /= folded.count
     folded.fold_statistics(eps)
@@ -478,7 +541,7 @@ cdef inline const Py_ssize_t *strides(const Py_buffer *view, object) noexcept:
 
 cdef object forward(
     x, Folded folded, const Activation *activation, Py_ssize_t axis, residual, dtype, out, int threads,
-    double eps, bint batch,
+    double eps, bint batch, mask, Py_ssize_t counted,
 ):
     """y of the folded statistics or, if `batch`, of those of x, which `folded` then holds."""
     cdef Arrays arrays
@@ -490,6 +553,7 @@ cdef object forward(
     job.residual.data = NULL
     try:
         at = take_input(&arrays, job, x, axis, folded.channels)
+        take_mask(&arrays, &work.statistics, mask)
         if residual is not None:
             take_residual(&arrays, job, residual)
         if out is None:
@@ -498,13 +562,15 @@ cdef object forward(
             # NumPy allocates with Python's help, where another thread may reshape x.
             same_shape("out", &arrays.out, &arrays.x)
         else:
-            take_given_out(&arrays, job, x, residual, out, dtype)
+            take_given_out(&arrays, job, x, mask, residual, out, dtype)
         size = elements(&arrays.x)
-        folded.count = size // folded.channels if size else 0
+        folded.count = 0 if size == 0 else (counted if mask is not None else size // folded.channels)
         if size == 0:
             if batch and folded.channels > 0:
                 raise ValueError(f"x: expected at least one element per channel, got shape {_checks.shape(x.shape)}")
             return out
+        if batch and folded.count == 0:
+            raise ValueError("mask: expected at least one True, got none")
         lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides,
                 strides(&arrays.residual, residual), arrays.out.strides)
         job.coefficients = folded.k
@@ -512,8 +578,8 @@ cdef object forward(
         job.stream = kernels.streams and arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
         if batch:
             work.statistics.x = job.x
-            work.statistics.out.data = work.statistics.residual.data = NULL
-            lay_out(&work.statistics, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, NULL, NULL)
+            lay_out(&work.statistics, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides,
+                    strides(&arrays.mask, mask), NULL)
             run_batch(&work, folded, eps, threads)
         else:
             work.task = NORMALIZE
@@ -526,16 +592,52 @@ cdef object forward(
 def normalize(x, Folded folded, activation, Py_ssize_t axis, residual, dtype, out, int threads):
     """y of given statistics."""
     cdef Activation kind = as_activation(activation)
-    return forward(x, folded, &kind, axis, residual, dtype, out, threads, 0, False)
+    return forward(x, folded, &kind, axis, residual, dtype, out, threads, 0, False, None, 0)
 
 
-def normalize_batch(x, Folded folded, double eps, activation, Py_ssize_t axis, residual, dtype, out, int threads):
-    """y of this mini-batch's statistics, which `folded.statistics()` gives afterwards."""
+def normalize_given(x, mean, var, gamma, beta, eps, axis, residual, activation, dtype, out, num_threads):
+    """`batch_norm_inference`: what needs no look by `_checks` is not shown to it, for calls on few values."""
+    cdef Activation kind
+    cdef Py_ssize_t at
+    given = out
+    if type(x) is not ndarray:
+        x = _checks.array("x", x)
+    if type(axis) is not int or not -MAX_NDIM <= axis < MAX_NDIM:
+        axis = _checks.axis(axis)
+    if type(eps) is not float or not 0 <= <double> eps < INFINITY:
+        eps = _checks.eps(eps)
+    if residual is not None:
+        residual = _checks.array("residual", residual)
+    if dtype is not None:
+        dtype = _checks.out_dtype(dtype)
+    if out is not None and type(out) is not ndarray:
+        out = _checks.out(out)
+    if activation is None:
+        memset(&kind, 0, sizeof(kind))
+    else:
+        kind = as_activation(_checks.activation(activation))
+    at = axis
+    shape = x.shape
+    if not -len(shape) <= at < len(shape):
+        raise _checks.wrong_axis(at, shape)
+    cdef Folded folded = Folded.__new__(Folded, shape[at], gamma, beta)
+    folded.fold(mean, var, eps)
+    y = forward(x, folded, &kind, at, residual, dtype, out, _threads.resolve(num_threads), 0, False, None, 0)
+    return y if given is None else given
+
+
+def normalize_batch(
+    x, Folded folded, double eps, mask, Py_ssize_t counted, activation, Py_ssize_t axis, residual, dtype, out, int threads,
+):
+    """y of this mini-batch's statistics, which `folded.statistics()` gives afterwards.
+
+    `mask`, as `_checks.mask` returns it, selects what enters them: `counted` elements of each channel.
+    """
     cdef Activation kind = as_activation(activation)
-    return forward(x, folded, &kind, axis, residual, dtype, out, threads, eps, True)
+    return forward(x, folded, &kind, axis, residual, dtype, out, threads, eps, True, mask, counted)
 
 
-def moments(x, Py_ssize_t axis, channels, int threads):
+def moments(x, mask, Py_ssize_t counted, Py_ssize_t axis, channels, int threads):
     """Elements per channel, and the mean and the sum of squared deviations of each."""
     cdef Arrays arrays
     cdef Work work
@@ -543,15 +645,16 @@ def moments(x, Py_ssize_t axis, channels, int threads):
     cdef double[:, ::1] result
     cdef Py_ssize_t count = 0
     memset(&arrays, 0, sizeof(arrays))
-    job.residual.data = NULL
-    job.out.data = NULL
     try:
         at = take_input(&arrays, job, x, axis, ABSENT if channels is None else channels)
+        take_mask(&arrays, job, mask)
         table = np.zeros((2, arrays.x.shape[at]))
         if elements(&arrays.x) > 0:
+            count = elements(&arrays.x) // arrays.x.shape[at] if mask is None else counted
+        if count > 0:
             result = table
-            lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, NULL, NULL)
-            count = run_moments(&work, &result[0, 0], &result[1, 0], threads)
+            lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, strides(&arrays.mask, mask), NULL)
+            run_moments(&work, &result[0, 0], &result[1, 0], threads)
     finally:
         release(&arrays)
     return count, table[0], table[1]
@@ -584,10 +687,10 @@ cdef class Layer:
         if version is self._version:
             self._ready = folded
 
-    def __call__(self, x, *, residual=None, dtype=None, out=None):
+    def __call__(self, x, *, residual=None, mask=None, dtype=None, out=None):
         cdef Folded folded = self._ready
-        if folded is None or type(x) is not ndarray or residual is not None or dtype is not None \
-                or (out is not None and type(out) is not ndarray):
-            return self._forward(x, residual, dtype, out)
+        if folded is None or type(x) is not ndarray or residual is not None or mask is not None \
+                or dtype is not None or (out is not None and type(out) is not ndarray):
+            return self._forward(x, residual, mask, dtype, out)
         cdef int threads = folded.threads or _threads.get_num_threads()
-        return forward(x, folded, &folded.activation, folded.axis, None, None, out, threads, 0, False)
+        return forward(x, folded, &folded.activation, folded.axis, None, None, out, threads, 0, False, None, 0)

@@ -812,6 +812,16 @@ cdef void add_buffer(
         add(kind, x + rows * columns, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums)
 
 
+cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
+    """Moves the rows that count together and returns how many they are."""
+    cdef Py_ssize_t kept = 0, row, c
+    for row in range(n):
+        for c in range(columns):
+            rows[kept * columns + c] = rows[row * columns + c]
+        kept += mask[row * stride] != 0
+    return kept
+
+
 cdef Py_ssize_t add_all(
     const View *view, Sum kind, const double *center, Sums *sums,
 ) noexcept nogil:
@@ -822,7 +832,7 @@ cdef Py_ssize_t add_all(
     cdef bint direct = view.type == FLOAT32 and view.number == 4 and view.mask.data == NULL \
         and (view.per_row == 1 or view.x.inner == numbers * 4)
     cdef Py_ssize_t most = BLOCK // columns // 8 * 8 * view.per_row     # the eights of rows stay together
-    cdef Py_ssize_t position, left, some, rows, filled = 0, n = 0
+    cdef Py_ssize_t position, left, some, kept, rows, filled = 0, n = 0
     cdef const char *x
     cdef const char *mask
     begin(view, kind, center, &centers, sums)
@@ -832,16 +842,17 @@ cdef Py_ssize_t add_all(
         if view.mask.data != NULL:
             mask = view.mask.data + place(view, &view.mask, position)
             while left > 0:
-                if mask[0]:
-                    load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, 1, numbers)
-                    filled += 1
-                    n += 1
+                some = min(left, most - filled)
+                load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
+                kept = pack(buffer + filled * numbers, mask, view.mask.inner, some, numbers)
+                n += kept
+                filled += kept
                 if filled == most:
                     add_buffer(view, kind, buffer, filled, &centers, sums)
                     filled = 0
-                x += view.x.inner
-                mask += view.mask.inner
-                left -= 1
+                x += some * view.x.inner
+                mask += some * view.mask.inner
+                left -= some
         elif direct:
             rows = left // view.per_row
             if rows > 0:
@@ -949,7 +960,7 @@ cdef View view_of(const Job *job) noexcept nogil:
 cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil:
     """The elements of each channel that count; their mean, and the sum of their squared deviations from it."""
     cdef View view = view_of(job)
-    cdef Py_ssize_t first = 0, some, most = 1, n = 0, last = job.outer_ndim - 1
+    cdef Py_ssize_t first = 0, most = 1, n = 0, last = job.outer_ndim - 1
     view.number = view.x.inner
     if job.channels_last:
         most = WIDEST

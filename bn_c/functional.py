@@ -21,8 +21,6 @@ def _prepare(x: Any, axis: Any, gamma: Any, beta: Any) -> tuple[NDArray[Any], in
     x = _checks.array("x", x)
     axis = _checks.axis(axis)
     channels = _checks.channels(x, axis)
-    gamma = _checks.optional_vector("gamma", gamma, channels)
-    beta = _checks.optional_vector("beta", beta, channels)
     return x, axis, _core.Folded(channels, gamma, beta)
 
 
@@ -46,6 +44,7 @@ def batch_norm(
     *,
     eps: float = 1e-5,
     axis: int = 1,
+    mask: Any = None,
     residual: Any = None,
     activation: Activation = None,
     dtype: Any = None,
@@ -61,6 +60,7 @@ def batch_norm(
     *,
     eps: float = 1e-5,
     axis: int = 1,
+    mask: Any = None,
     residual: Any = None,
     activation: Activation = None,
     dtype: Any = None,
@@ -75,6 +75,7 @@ def batch_norm(
     *,
     eps: float = 1e-5,
     axis: int = 1,
+    mask: Any = None,
     residual: Any = None,
     activation: Activation = None,
     dtype: Any = None,
@@ -100,6 +101,9 @@ def batch_norm(
         Added to the variance; finite, >= 0.
     axis : int
         Where x has its channels: 1, or -1 for channels last.
+    mask : bool array of the shape of x without `axis`, or one that broadcasts to it, optional
+        True counts. It selects what enters the statistics, such as the valid steps of padded sequences; every
+        element is normalised.
     residual : float32 or float16 array of the shape of x, optional
         Added before the activation, in the same pass.
     activation : None, "relu", "relu6", "hard_swish", ("leaky_relu", slope) or ("clip", low, high)
@@ -123,12 +127,12 @@ def batch_norm(
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came; nothing is written then. ValueError also if x has
-        no element per channel.
+        no element per channel, or none that the mask selects.
     """
     return_stats = _checks.flag("return_stats", return_stats)
     x, axis, folded = _prepare(x, axis, gamma, beta)
     options = _options(activation, axis, residual, dtype, out, num_threads)
-    y = _core.normalize_batch(x, folded, _checks.eps(eps), *options)
+    y = _core.normalize_batch(x, folded, _checks.eps(eps), *_checks.mask(mask, x, axis), *options)
     y = y if out is None else out
     return (y, BatchStats.of(*folded.statistics())) if return_stats else y
 
@@ -169,21 +173,16 @@ def batch_norm_inference(
     TypeError, ValueError
         Naming the argument, what was expected and what came; nothing is written then.
     """
-    x, axis, folded = _prepare(x, axis, gamma, beta)
-    options = _options(activation, axis, residual, dtype, out, num_threads)
-    channels = folded.channels
-    folded.fold(_checks.vector("mean", mean, channels), _checks.vector("var", var, channels), _checks.eps(eps))
-    y = _core.normalize(x, folded, *options)
-    return y if out is None else out
+    return _core.normalize_given(x, mean, var, gamma, beta, eps, axis, residual, activation, dtype, out, num_threads)
 
 
-def batch_stats(x: Any, *, axis: int = 1, num_threads: int | None = None) -> BatchStats:
+def batch_stats(x: Any, *, axis: int = 1, mask: Any = None, num_threads: int | None = None) -> BatchStats:
     """The statistics of x alone; x is read once.
 
     Parameters
     ----------
-    x, axis, num_threads
-        As in `batch_norm`. x may have no elements: the count is 0 then.
+    x, axis, mask, num_threads
+        As in `batch_norm`. There may be no elements: the count is 0 then.
 
     Returns
     -------
@@ -197,5 +196,6 @@ def batch_stats(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Bat
         Naming the argument, what was expected and what came.
     """
     x = _checks.array("x", x)
-    count, mean, m2 = _core.moments(x, _checks.axis(axis), None, _threads.resolve(num_threads))
+    axis = _checks.axis(axis)
+    count, mean, m2 = _core.moments(x, *_checks.mask(mask, x, axis), axis, None, _threads.resolve(num_threads))
     return BatchStats.of(count, mean, m2)

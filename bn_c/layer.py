@@ -210,9 +210,10 @@ class BatchNorm(_core.Layer):
         self._version = object()
         self._ready = None
 
-    def _forward(self, x: Any, residual: Any, dtype: Any, out: Any) -> NDArray[Any]:
+    def _forward(self, x: Any, residual: Any, mask: Any, dtype: Any, out: Any) -> NDArray[Any]:
         """Any call that is not just x and out with statistics already folded."""
         x = _checks.array("x", x)
+        mask, counted = _checks.mask(mask, x, self._axis)
         version = self._version
         options = (
             self._checked_activation,
@@ -223,7 +224,7 @@ class BatchNorm(_core.Layer):
             _threads.resolve(self._num_threads),
         )
         if self._training or "running_mean" not in self._arrays:
-            y = self._normalize_batch(x, options)
+            y = self._normalize_batch(x, mask, counted, options)
         else:
             folded = self._ready
             if folded is None:
@@ -236,16 +237,19 @@ class BatchNorm(_core.Layer):
     def _parameters(self, arrays: Mapping[str, Floats]) -> _core.Folded:
         return _core.Folded(self._num_features, arrays.get("gamma"), arrays.get("beta"))
 
-    def _normalize_batch(self, x: NDArray[Any], options: tuple[Any, ...]) -> NDArray[Any]:
+    def _normalize_batch(
+        self, x: NDArray[Any], mask: NDArray[Any] | None, counted: int, options: tuple[Any, ...]
+    ) -> NDArray[Any]:
         if self._training and not self._allow_single_value:
             channels = _checks.channels(x, self._axis)
-            if channels and x.size == channels:
+            if channels and x.size and (x.size == channels if mask is None else counted == 1):
                 raise ValueError(
                     f"x: expected more than one value per channel in training mode, got shape "
-                    f"{_checks.shape(x.shape)}; allow_single_value=True takes it"
+                    f"{_checks.shape(x.shape)}{'' if mask is None else ' with one that the mask selects'}; "
+                    f"allow_single_value=True takes it"
                 )
         folded = self._parameters(self._arrays.copy())
-        y = _core.normalize_batch(x, folded, self._eps, *options)
+        y = _core.normalize_batch(x, folded, self._eps, mask, counted, *options)
         if self._training and "running_mean" in self._arrays:
             self._track(BatchStats.of(*folded.statistics()))
         return y

@@ -87,13 +87,14 @@ class BatchStats:
     def _divided(self, by: int) -> Doubles:
         return self._m2 / by if by > 0 else np.full_like(self._m2, np.nan)
 
-    def update(self, x: Any, axis: int = 1) -> BatchStats:
-        """Adds the elements of x, with its channels on `axis`. Returns itself.
+    def update(self, x: Any, axis: int = 1, mask: Any = None) -> BatchStats:
+        """Adds the elements of x, with its channels on `axis`; those that `mask` selects, as in `batch_norm`.
 
-        Raises TypeError or ValueError, and changes nothing, if x is no array of a supported dtype with
-        `num_features` channels.
+        Returns itself. Raises TypeError or ValueError, and changes nothing, if x is no array of a supported dtype
+        with `num_features` channels, or if the mask does not fit it.
         """
-        count, mean, m2 = _core.moments(_checks.array("x", x), _checks.axis(axis), self.num_features, 1)
+        x, axis = _checks.array("x", x), _checks.axis(axis)
+        count, mean, m2 = _core.moments(x, *_checks.mask(mask, x, axis), axis, self.num_features, 1)
         return self._add(count, mean, m2)
 
     def merge(self, other: BatchStats) -> BatchStats:
