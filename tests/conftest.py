@@ -9,6 +9,10 @@ import bn_c
 from bn_c import _dispatch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="try far more: all places, more examples, longer runs")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes where the CPU is emulated")
     # A kernel or a conversion that overflows on its way to a right result would warn.
@@ -30,6 +34,12 @@ def isa(request):
     _dispatch.use(request.param)
     yield request.param
     _dispatch.use(bn_c.isa)
+
+
+@pytest.fixture
+def thorough(request):
+    """Whether time does not matter."""
+    return request.config.getoption("--thorough")
 
 
 @pytest.fixture(params=[True, False], ids=["batch", "inference"])

@@ -4,39 +4,16 @@ import ctypes
 import importlib
 import os
 import platform
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import output, run
 
 import bn_c
 from bn_c import _dispatch
 
 UNSUPPORTED = [isa for isa in _dispatch.ISAS if isa not in bn_c.supported_isas()]
-
-
-def run(code, **environment):
-    """A new interpreter with the same bn_c and only these settings of it."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BN_C_")}
-    path = str(Path(bn_c.__file__).parents[1])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, "PYTHONPATH": path, **environment},
-        cwd=path,  # not where a source tree may shadow what is installed
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def output(code, **environment):
-    result = run(code, **environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
 
 
 # ---- instruction sets -------------------------------------------------------------------------------
