@@ -17,6 +17,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes where the CPU is emulated")
     # A kernel or a conversion that overflows on its way to a right result would warn.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
+    if find_spec("hypothesis"):
+        load_profile(config.getoption("--thorough"))
+
+
+def load_profile(thorough):
+    """The same few examples in every run, or many new ones."""
+    from hypothesis import HealthCheck, settings
+
+    quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("suite", derandomize=True, max_examples=100, **quiet)
+    settings.register_profile("thorough", max_examples=20_000, **quiet)
+    settings.load_profile("thorough" if thorough else "suite")
 
 
 def pytest_report_header():

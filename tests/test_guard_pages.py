@@ -51,7 +51,7 @@ class Memory(Guarded):
         self.dtype = np.dtype(dtype)
         super().__init__((most + 16) * self.dtype.itemsize + 2 * AROUND)
 
-    def array(self, shape, at_end, offset):
+    def place(self, shape, at_end, offset):
         size, gap = int(np.prod(shape)) * self.dtype.itemsize, offset * self.dtype.itemsize
         self.first = self.size - size - gap if at_end else gap
         self.behind = self.first + size
@@ -71,8 +71,8 @@ def sweep(call, shape_of, sizes, places, *types):
     for n in sizes:
         shape = shape_of(n)
         for at_end, offset in places(n):
-            arrays = [memory.array(shape, at_end, offset) for memory in inputs]
-            call(*arrays, out.array(shape, at_end, (offset * 7 + n) % 16 if offset else 0))
+            arrays = [memory.place(shape, at_end, offset) for memory in inputs]
+            call(*arrays, out.place(shape, at_end, (offset * 7 + n) % 16 if offset else 0))
             assert out.unharmed(), f"written outside {shape} of {types}, {offset} elements from the page"
     assert not out.written()
     assert not any(memory.written() for memory in inputs)
