@@ -299,8 +299,15 @@ cdef class Folded:
 
     def statistics(self):
         """Of the mini-batch that was normalised: elements per channel, mean, sum of squared deviations."""
-        return (
-            self.count, self.table[MEAN, :self.channels].copy(), self.table[VAR, :self.channels] * self.count)
+        cdef bn_fp_state state
+        mean, m2 = self.table[MEAN, :self.channels].copy(), self.table[VAR, :self.channels].copy()
+        cdef double[::1] values = m2
+        cdef Py_ssize_t c
+        bn_fp_enter(&state)
+        for c in range(self.channels):
+            values[c] *= self.count
+        bn_fp_leave(&state)
+        return self.count, mean, m2
 
 
 cdef dict activation_kinds = {
@@ -420,6 +427,7 @@ cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) e
     cdef Py_ssize_t pieces = min(<Py_ssize_t> PIECES, size_of(job) // PIECE, loop_length(job, loop))
     cdef double[:, :, ::1] moments
     cdef Part part
+    cdef bn_fp_state state
     work.task = MOMENTS
     work.mean = mean
     work.m2 = m2
@@ -434,6 +442,7 @@ cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) e
         part.work.m2 = &moments[index, 1, 0]
         parts.append(part)
     _threads.run(parts, threads)
+    bn_fp_enter(&state)
     for index in range(pieces):
         part = parts[index]
         piece_count = size_of(&part.work.statistics) // job.channels
@@ -444,12 +453,14 @@ cdef Py_ssize_t run_moments(Work *work, double *mean, double *m2, int threads) e
             else:
                 merge_moments(&mean[c], &m2[c], done, moments[index, 0, c], moments[index, 1, c], piece_count)
         done += piece_count
+    bn_fp_leave(&state)
     return count
 
 
 cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1:
     """The statistics, folded, and y."""
     cdef Py_ssize_t c
+    cdef bn_fp_state state
     work.var = &folded.exact[VAR, 0]
     work.eps = eps
     work.count = folded.count
@@ -458,8 +469,10 @@ cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1
         run_parts(work, CHANNELS, threads)
         return 0
     run_moments(work, &folded.exact[MEAN, 0], work.var, threads)
+    bn_fp_enter(&state)
     for c in range(folded.channels):
         work.var[c] /= folded.count
+    bn_fp_leave(&state)
     folded.fold_statistics(eps)
     work.job.coefficients = folded.k
     work.task = NORMALIZE
@@ -560,8 +573,11 @@ def merge(
 ):
     """Moments of `count` elements become those of both parts."""
     cdef Py_ssize_t c
+    cdef bn_fp_state state
+    bn_fp_enter(&state)
     for c in range(mean.shape[0]):
         merge_moments(&mean[c], &m2[c], count, other_mean[c], other_m2[c], other_count)
+    bn_fp_leave(&state)
 
 
 cdef class Layer:

@@ -292,6 +292,23 @@ def test_bits_do_not_depend_on_the_state_of_the_caller(isa, set_state, num_threa
 
 
 @needs_fenv
+@pytest.mark.parametrize("set_state", STATES.values(), ids=STATES)
+def test_statistics_in_parts_do_not_depend_on_the_state_of_the_caller(isa, set_state, restored_environment):
+    """Parts of a large input are merged, and of several, in the modes of the loops."""
+    x = np.random.default_rng(8).standard_normal((200_000, 5)).astype("f4") + 3
+    y = np.empty_like(x)
+
+    def results():
+        _, stats = bn_c.batch_norm(x, out=y, return_stats=True)
+        merged = bn_c.batch_stats(x[:1000]) + bn_c.batch_stats(x[1000:])
+        return y.tobytes(), stats.to_dict(), merged.to_dict(), bn_c.batch_stats(x).to_dict()
+
+    expected = results()
+    set_state()
+    assert results() == expected
+
+
+@needs_fenv
 def test_calls_leave_the_usual_state(isa, batch):
     before = control_word()
     x = np.ones((3, 4, 500), "f4")

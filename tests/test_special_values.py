@@ -1,0 +1,1 @@
+"""The README's table of special values, row by row, on every instruction set; and the floating-point state."""
