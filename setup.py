@@ -2,6 +2,7 @@
 
 import sys
 import sysconfig
+from glob import glob
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -42,7 +43,7 @@ def extension(module: str, source: str, flags: list[str]) -> Extension:
             f"bn_c.{module}",
             [f"bn_c/{source}.pyx"],
             include_dirs=["include"],
-            depends=["bn_c/_layout.pxd", f"bn_c/{source}.pyx", "include/bn_c/half.h", "include/bn_c/stream.h"],
+            depends=["bn_c/_layout.pxd", f"bn_c/{source}.pyx", *sorted(glob("include/bn_c/*.h"))],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if limited else [],
             py_limited_api=limited,
         ),

@@ -70,7 +70,9 @@ def out(value: Any) -> NDArray[Any] | None:
 
 
 def why(error: Exception) -> str:
-    """An error's message on one line."""
+    """An error's message on one line. A lack of memory is no fault of the argument's."""
+    if isinstance(error, MemoryError):
+        raise error
     return " ".join(str(error).split())
 
 

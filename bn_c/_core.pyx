@@ -24,6 +24,8 @@ import sys
 
 import numpy as np
 
+from queue import SimpleQueue
+
 from bn_c import _checks, _threads
 
 cdef extern from "bn_c/cpu.h" nogil:
@@ -33,10 +35,13 @@ cdef extern from "bn_c/cpu.h" nogil:
     void bn_fp_enter(bn_fp_state *state)
     void bn_fp_leave(const bn_fp_state *state)
 
+cdef extern from "bn_c/atomic.h" nogil:
+    Py_ssize_t bn_add(Py_ssize_t *counter, Py_ssize_t n)
+    Py_ssize_t bn_or(Py_ssize_t *counter, Py_ssize_t bits)
+
 cdef enum:
     ABSENT = -1
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
-    PARALLEL = 1 << 18          # elements: below, threads are not woken; they pay from some four times as many
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
     UNIT = 1 << 18              # bytes of channels normalised right after their statistics: they are still in L2
@@ -45,6 +50,7 @@ cdef enum:
 cdef char NATIVE = ord("<" if sys.byteorder == "little" else ">")
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t stream_from = 0
+cdef Py_ssize_t parallel_from = 1 << 20     # elements: below, waking threads (some 30 us) costs more than they do
 cdef object ndarray = np.ndarray
 cdef object empty_like = np.empty_like
 cdef object float32 = np.dtype(np.float32)
@@ -61,6 +67,14 @@ def use(capsule, Py_ssize_t cache):
     global kernels, stream_from
     stream_from = cache
     kernels = <const Kernels *> PyCapsule_GetPointer(capsule, "bn_c.kernels")
+
+
+def wake_threads_from(Py_ssize_t elements):
+    """Sets the size of x from which on `num_threads` counts; returns what it was. For tests."""
+    global parallel_from
+    before = parallel_from
+    parallel_from = elements
+    return before
 
 
 # ---- arrays -----------------------------------------------------------------------------------------
@@ -266,6 +280,7 @@ cdef bint copied(values, double *to, Py_ssize_t channels) except -1:
     cdef Py_buffer view
     cdef Py_ssize_t c, stride
     cdef const char *data
+    cdef bn_fp_state state
     if type(values) is not ndarray:
         return False
     try:
@@ -280,8 +295,10 @@ cdef bint copied(values, double *to, Py_ssize_t channels) except -1:
         if (<size_t> data | <size_t> stride) % <size_t> view.itemsize:
             return False
         if view.format[0] == b"f":
+            bn_fp_enter(&state)             # or subnormals may be taken for 0
             for c in range(channels):
                 to[c] = (<const float *> (data + c * stride))[0]
+            bn_fp_leave(&state)
         elif view.format[0] == b"d":
             for c in range(channels):
                 to[c] = (<const double *> (data + c * stride))[0]
@@ -364,7 +381,16 @@ cdef class Folded:
 
     def statistics(self):
         """Of the mini-batch that was normalised: elements per channel, mean, sum of squared deviations."""
-        return self.count, self.copy_of(MEAN), self.copy_of(VAR) * self.count
+        cdef bn_fp_state state
+        cdef Py_ssize_t c
+        cdef double[::1] values
+        m2 = self.copy_of(VAR)
+        values = m2
+        bn_fp_enter(&state)
+        for c in range(self.channels):
+            values[c] *= self.count
+        bn_fp_leave(&state)
+        return self.count, self.copy_of(MEAN), m2
 
 
 cdef dict activation_kinds = {
@@ -434,39 +460,84 @@ cdef void run(Work *work) noexcept nogil:
     bn_fp_leave(&state)
 
 
-cdef class Part:
-    """Some of the work of a call, for any thread."""
-    cdef Work work
+cdef enum:
+    CLOSED = 1 << 20        # in the state of parts, beside the number of helpers
 
-    def __call__(self):
+
+cdef class Parts:
+    """The work of a call in parts, which any number of threads take one after the other.
+
+    The caller takes them too. Helpers join in as they wake; when no part is left the caller closes, and waits only
+    for those who have joined: whoever comes later finds it closed and touches nothing.
+    """
+    cdef Work *works
+    cdef readonly Py_ssize_t count
+    cdef Py_ssize_t taken
+    cdef Py_ssize_t state
+    cdef object finished
+
+    def __cinit__(self, Py_ssize_t count):
+        self.works = <Work *> PyMem_Malloc(count * sizeof(Work))
+        if self.works == NULL:
+            raise MemoryError()
+        self.count = count
+        self.finished = SimpleQueue()
+
+    def __dealloc__(self):
+        PyMem_Free(self.works)
+
+    def work(self):
+        """Runs parts until none is left."""
+        cdef Py_ssize_t index
         with nogil:
-            run(&self.work)
+            index = bn_add(&self.taken, 1)
+            while index < self.count:
+                run(&self.works[index])
+                index = bn_add(&self.taken, 1)
+
+    def help(self):
+        """The same by another thread."""
+        cdef bint joined = not bn_add(&self.state, 1) & CLOSED
+        if joined:
+            self.work()
+        if bn_add(&self.state, -1) & CLOSED and joined:
+            self.finished.put(None)
+
+    def close(self):
+        """Returns how many helpers are still at work; each of them will put something into `finished`."""
+        return bn_or(&self.state, CLOSED)
+
+    def wait(self):
+        """Waits for one of those helpers; a signal may raise here."""
+        self.finished.get()
 
 
-cdef Part part_of(const Work *work, int loop, Py_ssize_t index, Py_ssize_t parts):
-    cdef Part part = Part.__new__(Part)
+cdef Parts parts_of(const Work *work, int loop, Py_ssize_t count):
+    cdef Parts parts = Parts.__new__(Parts, count)
     cdef Py_ssize_t length = loop_length(&work.statistics if work.task == MOMENTS else &work.job, loop)
-    cdef Py_ssize_t start = index * length // parts, stop = (index + 1) * length // parts
-    part.work = work[0]
-    if work.task != MOMENTS:
-        take(&part.work.job, loop, start, stop)
-    if work.task != NORMALIZE:
-        take(&part.work.statistics, loop, start, stop)
-    if loop == CHANNELS and work.task == MOMENTS:
-        part.work.mean += start
-        part.work.m2 += start
-    elif loop == CHANNELS and work.task == BOTH:
-        part.work.var += start
-    return part
+    cdef Py_ssize_t index, start, stop
+    cdef Work *part
+    for index in range(count):
+        start, stop = index * length // count, (index + 1) * length // count
+        part = &parts.works[index]
+        part[0] = work[0]
+        if work.task != MOMENTS:
+            take(&part.job, loop, start, stop)
+        if work.task != NORMALIZE:
+            take(&part.statistics, loop, start, stop)
+        if loop == CHANNELS and work.task == MOMENTS:
+            part.mean += start
+            part.m2 += start
+        elif loop == CHANNELS and work.task == BOTH:
+            part.var += start
+    return parts
 
 
 cdef int run_parts(Work *work, int loop, int threads) except -1:
     """Runs all of the work; with several threads, in parts of one of its loops."""
     cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
-    cdef Py_ssize_t parts
-    if threads > 1 and size_of(job) >= PARALLEL:
-        parts = min(4 * <Py_ssize_t> threads, loop_length(job, loop))
-        _threads.run([part_of(work, loop, index, parts) for index in range(parts)], threads)
+    if threads > 1 and size_of(job) >= parallel_from:
+        _threads.run(parts_of(work, loop, min(4 * <Py_ssize_t> threads, loop_length(job, loop))), threads)
     elif size_of(job) >= RELEASE_GIL:
         with nogil:
             run(work)
@@ -486,7 +557,9 @@ cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -
     cdef int loop = longest_loop(job)
     cdef Py_ssize_t pieces = min(<Py_ssize_t> PIECES, size_of(job) // PIECE, loop_length(job, loop))
     cdef double[:, :, ::1] moments
-    cdef Part part
+    cdef Parts parts
+    cdef Work *part
+    cdef bn_fp_state state
     work.task = MOMENTS
     work.mean = mean
     work.m2 = m2
@@ -494,28 +567,29 @@ cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -
         run_parts(work, CHANNELS, threads if is_planes(job) else 1)
         return 0
     moments = np.empty((pieces, 2, job.channels))
-    parts = []
+    parts = parts_of(work, loop, pieces)
     for index in range(pieces):
-        part = part_of(work, loop, index, pieces)
-        part.work.mean = &moments[index, 0, 0]
-        part.work.m2 = &moments[index, 1, 0]
-        parts.append(part)
-    _threads.run(parts, threads)
+        parts.works[index].mean = &moments[index, 0, 0]
+        parts.works[index].m2 = &moments[index, 1, 0]
+    _threads.run(parts, threads if size_of(job) >= parallel_from else 1)
+    bn_fp_enter(&state)
     for index in range(pieces):
-        part = parts[index]
-        for c in range(job.channels if part.work.counted > 0 else 0):
+        part = &parts.works[index]
+        for c in range(job.channels if part.counted > 0 else 0):
             if done == 0:
                 mean[c] = moments[index, 0, c]
                 m2[c] = moments[index, 1, c]
             else:
-                merge_moments(&mean[c], &m2[c], done, moments[index, 0, c], moments[index, 1, c], part.work.counted)
-        done += part.work.counted
+                merge_moments(&mean[c], &m2[c], done, moments[index, 0, c], moments[index, 1, c], part.counted)
+        done += part.counted
+    bn_fp_leave(&state)
     return 0
 
 
 cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1:
     """The statistics, folded, and y."""
     cdef Py_ssize_t c
+    cdef bn_fp_state state
     work.var = folded.row(VAR)
     work.eps = eps
     work.count = folded.count
@@ -524,8 +598,10 @@ cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1
         run_parts(work, CHANNELS, threads)
         return 0
     run_moments(work, folded.row(MEAN), work.var, threads)
+    bn_fp_enter(&state)
     for c in range(folded.channels):
         work.var[c] /= folded.count
+    bn_fp_leave(&state)
     folded.fold_statistics(eps)
     work.job.coefficients = folded.k
     work.task = NORMALIZE
@@ -666,8 +742,11 @@ def merge(
 ):
     """Moments of `count` elements become those of both parts."""
     cdef Py_ssize_t c
+    cdef bn_fp_state state
+    bn_fp_enter(&state)
     for c in range(mean.shape[0]):
         merge_moments(&mean[c], &m2[c], count, other_mean[c], other_m2[c], other_count)
+    bn_fp_leave(&state)
 
 
 cdef class Layer:

@@ -900,15 +900,22 @@ cdef View sample_of(const View *view) noexcept nogil:
     return sample
 
 
-cdef inline double center_of(double total, double n) noexcept nogil:
-    """A mean as a float to begin with, whatever the sample was."""
-    total /= n
-    return <float> total if fabs(total) <= 1e37 else 0
+cdef inline double center_of(double mean, double value) noexcept nogil:
+    """A float near the mean of a sample, whatever that was: some value of the channel and a step of four bits from it.
+
+    So the deviations of data of few bits have few bits, and their squares and sums are exact.
+    """
+    cdef double step = mean - value
+    cdef double shifted = step * (<double> (<long long> 1 << 49) + 1)
+    step = shifted - (shifted - step)
+    mean = value + step if fabs(step) <= 1e37 else mean
+    return <float> mean if fabs(mean) <= 1e37 else 0
 
 
 cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcept nogil:
     cdef Sums sums
     cdef double[WIDEST] center
+    cdef float[WIDEST] values
     cdef View sample
     cdef Py_ssize_t c, n
     cdef int _attempt, unsafe
@@ -918,8 +925,10 @@ cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcep
     if is_float(view.type):
         sample = sample_of(view)
         n = add_all(&sample, DEVIATIONS, center, &sums)
+        if view.mask.data == NULL:
+            load(view.type, view.x.data, view.x.inner, view.number, values, 1, view.channels * view.width)
         for c in range(view.channels):
-            center[c] = center_of(sums.deviations[c], n)
+            center[c] = center_of(sums.deviations[c] / n, values[c * view.width] if view.mask.data == NULL else 0)
         for _attempt in range(2):
             n = add_all(view, SQUARES, center, &sums)
             unsafe = 0

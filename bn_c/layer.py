@@ -118,14 +118,25 @@ class BatchNorm(_core.Layer):
     running_mean = _PerChannel()
     running_var = _PerChannel()
 
+    # Whatever calls depend on changes together with the version, so that what a running call has folded is not kept.
+    # What takes memory is made before that: if there is none left, nothing has changed.
+
     def _assign(self, values: Mapping[str, Any]) -> None:
         """Checks all values, then takes them."""
+        self._take(self._checked(values))
+
+    def _checked(self, values: Mapping[str, Any]) -> dict[str, Floats]:
         arrays = {}
         for name, value in values.items():
             arrays[name] = np.array(_checks.vector(name, value, self._num_features), np.float32)
             arrays[name].flags.writeable = False
+        return arrays
+
+    def _take(self, arrays: dict[str, Floats]) -> None:
+        version = object()
         self._arrays.update(arrays)
-        self._forget()
+        self._version = version
+        self._ready = None
 
     @property
     def num_features(self) -> int:
@@ -144,8 +155,8 @@ class BatchNorm(_core.Layer):
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._eps = _checks.eps(value)
-        self._forget()
+        self._eps, self._version = _checks.eps(value), object()
+        self._ready = None
 
     @property
     def momentum(self) -> float | None:
@@ -163,9 +174,8 @@ class BatchNorm(_core.Layer):
 
     @activation.setter
     def activation(self, value: Activation) -> None:
-        self._checked_activation = _checks.activation(value)
-        self._activation = value
-        self._forget()
+        self._checked_activation, self._activation, self._version = _checks.activation(value), value, object()
+        self._ready = None
 
     @property
     def num_threads(self) -> int | None:
@@ -174,8 +184,8 @@ class BatchNorm(_core.Layer):
 
     @num_threads.setter
     def num_threads(self, value: int | None) -> None:
-        self._num_threads = None if value is None else _checks.num_threads(value)
-        self._forget()
+        self._num_threads, self._version = None if value is None else _checks.num_threads(value), object()
+        self._ready = None
 
     @property
     def num_batches_tracked(self) -> int:
@@ -193,8 +203,8 @@ class BatchNorm(_core.Layer):
 
     @training.setter
     def training(self, value: bool) -> None:
-        self._training = _checks.flag("training", value)
-        self._forget()
+        self._training, self._version = _checks.flag("training", value), object()
+        self._ready = None
 
     def train(self, mode: bool = True) -> BatchNorm:
         """Training mode, or inference mode if `mode` is False. Returns the layer."""
@@ -204,11 +214,6 @@ class BatchNorm(_core.Layer):
     def eval(self) -> BatchNorm:
         """Inference mode. Returns the layer."""
         return self.train(False)
-
-    def _forget(self) -> None:
-        """Something that calls depend on has changed; what a running call has folded is not to be kept."""
-        self._version = object()
-        self._ready = None
 
     def _forward(self, x: Any, residual: Any, mask: Any, dtype: Any, out: Any) -> NDArray[Any]:
         """Any call that is not just x and out with statistics already folded."""
@@ -263,7 +268,8 @@ class BatchNorm(_core.Layer):
             var = batch.unbiased_var if self._unbiased_running_var else batch.var
             update["running_var"] = (1 - weight) * running_var.astype(np.float64) + weight * var
         with np.errstate(all="ignore"):
-            self._assign(update)
+            arrays = self._checked(update)
+        self._take(arrays)
         self._num_batches_tracked = seen
 
     def state_dict(self) -> dict[str, NDArray[Any]]:

@@ -9,10 +9,26 @@ import bn_c
 from bn_c import _dispatch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="try far more: all places, more examples, longer runs")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes where the CPU is emulated")
     # A kernel or a conversion that overflows on its way to a right result would warn.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
+    if find_spec("hypothesis"):
+        load_profile(config.getoption("--thorough"))
+
+
+def load_profile(thorough):
+    """The same few examples in every run, or many new ones."""
+    from hypothesis import HealthCheck, settings
+
+    quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("suite", derandomize=True, max_examples=100, **quiet)
+    settings.register_profile("thorough", max_examples=20_000, **quiet)
+    settings.load_profile("thorough" if thorough else "suite")
 
 
 def pytest_report_header():
@@ -30,6 +46,12 @@ def isa(request):
     _dispatch.use(request.param)
     yield request.param
     _dispatch.use(bn_c.isa)
+
+
+@pytest.fixture
+def thorough(request):
+    """Whether time does not matter."""
+    return request.config.getoption("--thorough")
 
 
 @pytest.fixture(params=[True, False], ids=["batch", "inference"])

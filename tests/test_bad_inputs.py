@@ -9,7 +9,6 @@ import copy
 import ctypes
 import datetime
 import decimal
-import faulthandler
 import fractions
 import gc
 import importlib
@@ -20,14 +19,9 @@ import mmap
 import os
 import pickle
 import re
-import resource
-import select
-import signal
 import sys
 import threading
-import time
 import traceback
-import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from types import SimpleNamespace
@@ -37,71 +31,18 @@ import numpy as np
 import oracle
 import pytest
 from numpy.lib.stride_tricks import as_strided
+from processes import SECONDS, isolated
 
 import bn_c
 from bn_c import _dispatch, _threads, cli
 
 GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 NUMPY_2 = int(np.__version__.split(".")[0]) >= 2
-SECONDS = 300  # until a case counts as hanging; an emulated CPU is 50 times slower
 SHAPE = (4, 3, 5)
 CHANNELS = SHAPE[1]
 MANY = sys.maxsize // 32  # samples: float64 arrays of so many could not be larger
 BEYOND_TEXT = 10**5000  # str() refuses to write it
 NAN, INF = float("nan"), float("inf")
-
-
-# ---- a process for each case ------------------------------------------------------------------------
-
-
-def isolated(run, *arguments):
-    """Runs it in a child; an exception, a signal or a hang there is a failure here."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork, where other tests have left threads
-        child = os.fork()
-    if child == 0:
-        report(write, run, arguments)
-    os.close(write)
-    text, hangs = listen(read, child)
-    os.close(read)
-    status = os.waitpid(child, 0)[1]
-    if hangs:
-        pytest.fail(f"still running after {SECONDS} s\n{text}", pytrace=False)
-    if os.WIFSIGNALED(status):
-        pytest.fail(f"died of {signal.Signals(os.WTERMSIG(status)).name}\n{text}", pytrace=False)
-    if status:
-        pytest.fail(text, pytrace=False)
-
-
-def report(write, run, arguments):
-    """What the child does: never returns."""
-    status = 1
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        faulthandler.enable(write)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", PendingDeprecationWarning)
-        run(*arguments)
-        status = 0
-    except BaseException:
-        os.write(write, traceback.format_exc().encode(errors="replace")[-60_000:])
-    finally:
-        os._exit(status)
-
-
-def listen(read, child):
-    """All that the child says until its end, and whether that had to be forced."""
-    text, deadline = b"", time.monotonic() + SECONDS
-    while True:
-        ready, _, _ = select.select([read], [], [], max(0, deadline - time.monotonic()))
-        if not ready:
-            os.kill(child, signal.SIGKILL)
-            return text.decode(errors="replace"), True
-        some = os.read(read, 1 << 16)
-        if not some:
-            return text.decode(errors="replace"), False
-        text += some
 
 
 # ---- good arguments, of which each case spoils one --------------------------------------------------

@@ -4,39 +4,16 @@ import ctypes
 import importlib
 import os
 import platform
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import output, run
 
 import bn_c
 from bn_c import _dispatch
 
 UNSUPPORTED = [isa for isa in _dispatch.ISAS if isa not in bn_c.supported_isas()]
-
-
-def run(code, **environment):
-    """A new interpreter with the same bn_c and only these settings of it."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BN_C_")}
-    path = str(Path(bn_c.__file__).parents[1])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, "PYTHONPATH": path, **environment},
-        cwd=path,  # not where a source tree may shadow what is installed
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def output(code, **environment):
-    result = run(code, **environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
 
 
 # ---- instruction sets -------------------------------------------------------------------------------
@@ -312,6 +289,23 @@ def test_bits_do_not_depend_on_the_state_of_the_caller(isa, set_state, num_threa
     got = results()
     assert control_word() == before
     assert got == expected
+
+
+@needs_fenv
+@pytest.mark.parametrize("set_state", STATES.values(), ids=STATES)
+def test_statistics_in_parts_do_not_depend_on_the_state_of_the_caller(isa, set_state, restored_environment):
+    """Parts of a large input are merged, and of several, in the modes of the loops."""
+    x = np.random.default_rng(8).standard_normal((200_000, 5)).astype("f4") + 3
+    y = np.empty_like(x)
+
+    def results():
+        _, stats = bn_c.batch_norm(x, out=y, return_stats=True)
+        merged = bn_c.batch_stats(x[:1000]) + bn_c.batch_stats(x[1000:])
+        return y.tobytes(), stats.to_dict(), merged.to_dict(), bn_c.batch_stats(x).to_dict()
+
+    expected = results()
+    set_state()
+    assert results() == expected
 
 
 @needs_fenv
