@@ -99,8 +99,8 @@ def optional_array(name: str, value: Any) -> NDArray[Any] | None:
     return None if value is None else array(name, value)
 
 
-def names(values: Mapping[str, Any]) -> str:
-    """The first keys of a mapping."""
+def names(values: Iterable[str]) -> str:
+    """The first of some names, such as the keys of a mapping."""
     keys = list(values)
     return ", ".join(map(repr, keys[:5])) + (" ..." if len(keys) > 5 else "") or "none"
 
@@ -144,6 +144,14 @@ def eps(value: Any) -> float:
     result = number("eps", value)
     if not 0 <= result < INFINITY:
         raise ValueError(f"eps: expected a finite number >= 0, got {result}")
+    return result
+
+
+def prior(value: Any) -> float:
+    """A number of samples, whole or not."""
+    result = number("prior", value)
+    if not 0 <= result < INFINITY:
+        raise ValueError(f"prior: expected a finite number >= 0, got {result}")
     return result
 
 
@@ -209,6 +217,14 @@ def mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected a mapping, got {kind(value)}")
     return value
+
+
+def length(name: str, value: Any) -> int:
+    """How many channels there are, where a vector says it."""
+    try:
+        return len(value)
+    except Exception as error:
+        raise TypeError(f"{name}: expected one value per channel, got {kind(value)}") from error
 
 
 def channels(x: NDArray[Any], at: int) -> int:
