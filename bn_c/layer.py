@@ -403,7 +403,7 @@ class BatchNorm(_core.Layer):
 
     @classmethod
     def from_onnx(cls, model_or_path: Any, node: str | None = None) -> BatchNorm:
-        """The layer of a BatchNormalization node of an ONNX model, of opset 7 or later.
+        """The layer of a BatchNormalization node of an ONNX model, of any opset.
 
         Parameters
         ----------

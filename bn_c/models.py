@@ -311,21 +311,25 @@ def _name(node: Any) -> str:
 
 def _onnx_layer(kind: type[BatchNorm], model: Any, node: Any, values: Values, path: Path | None) -> BatchNorm:
     version = max((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), default=0)
-    if version < 7:
-        raise ValueError(f"expected opset 7 or later, got {version}; onnx.version_converter makes it one")
+    if not version:
+        raise ValueError("expected a model that names its opset")
     get = _package("onnx.helper").get_attribute_value
-    given = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0, "spatial": 1}
+    given = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0, "is_test": 0, "spatial": 1}
     given.update({attribute.name: get(attribute) for attribute in node.attribute})
     if version < 9 and not given["spatial"]:
         raise ValueError(f"{_name(node)}: expected spatial=1, got one mean for each place in a channel")
     gamma, beta, mean, var = (_constant(_name(node), name, values, path) for name in node.input[1:5])
+    if version < 7:
+        training = not given["is_test"]
+    else:
+        training = given["training_mode"] if version >= 14 else len(node.output) > 1
     # Attributes are float32: the number meant is the shortest one that they hold, and 1 - 0.9 is 0.1.
     layer = kind(
         len(mean),
-        eps=float(str(np.float32(given["epsilon"]))),
-        momentum=round(1 - given["momentum"], 7),
+        eps=float(str(np.float32(_checks.eps(given["epsilon"])))),
+        momentum=round(1 - _checks.momentum(given["momentum"]), 7),
         unbiased_running_var=False,
-        training=bool(given["training_mode"]) if version >= 14 else len(node.output) > 1,
+        training=bool(training),
     )
     layer._assign({"gamma": gamma, "beta": beta, "running_mean": mean, "running_var": var})
     return layer
@@ -346,7 +350,9 @@ def _constant(node: str, name: str, values: Values, path: Path | None) -> Array:
     if path is None and source.data_location == source.EXTERNAL:
         raise ValueError(f"{node}: expected {name!r} in the model, got it in a file; pass the model's path")
     array = _package("onnx.numpy_helper").to_array(source, str(path.parent) if path else "")
-    return np.asarray(array).astype(np.float32)
+    if array.dtype.kind not in "fV":  # V: bfloat16
+        raise ValueError(f"{node}: expected floating-point numbers, got {array.dtype} in {name!r}")
+    return np.asarray(array.astype(np.float32))
 
 
 READERS: dict[str, Callable[[BinaryIO, Path], dict[str, BatchNorm]]] = {
