@@ -314,7 +314,7 @@ def _onnx_layer(kind: type[BatchNorm], model: Any, node: Any, values: Values, pa
     if not version:
         raise ValueError("expected a model that names its opset")
     get = _package("onnx.helper").get_attribute_value
-    given = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0, "is_test": 0, "spatial": 1}
+    given: dict[str, Any] = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0, "is_test": 0, "spatial": 1}
     given.update({attribute.name: get(attribute) for attribute in node.attribute})
     if version < 9 and not given["spatial"]:
         raise ValueError(f"{_name(node)}: expected spatial=1, got one mean for each place in a channel")
