@@ -139,20 +139,17 @@ def number(name: str, value: Any) -> float:
         raise ValueError(f"{name}: expected a number that float holds, got {said(value)}") from error
 
 
-def eps(value: Any) -> float:
+def finite(name: str, value: Any) -> float:
     """A finite number, not negative."""
-    result = number("eps", value)
+    result = number(name, value)
     if not 0 <= result < INFINITY:
-        raise ValueError(f"eps: expected a finite number >= 0, got {result}")
+        raise ValueError(f"{name}: expected a finite number >= 0, got {result}")
     return result
 
 
-def prior(value: Any) -> float:
-    """A number of samples, whole or not."""
-    result = number("prior", value)
-    if not 0 <= result < INFINITY:
-        raise ValueError(f"prior: expected a finite number >= 0, got {result}")
-    return result
+def eps(value: Any) -> float:
+    """What is added to the variance."""
+    return finite("eps", value)
 
 
 def momentum(value: Any) -> float:
@@ -222,7 +219,7 @@ def mapping(name: str, value: Any) -> Mapping[str, Any]:
 def length(name: str, value: Any) -> int:
     """How many channels there are, where a vector says it."""
     try:
-        return len(value)
+        return int(np.shape(value)[0])
     except Exception as error:
         raise TypeError(f"{name}: expected one value per channel, got {kind(value)}") from error
 

@@ -291,7 +291,7 @@ class BatchNorm(_core.Layer):
             Naming the argument, what was expected and what came; also if x has no element per channel, or the layer
             no running statistics. Nothing changes then.
         """
-        prior = _checks.prior(prior)
+        prior = _checks.finite("prior", prior)
         x = _checks.array("x", x)
         threads = _threads.resolve(self._num_threads)
         stats = BatchStats.of(*_core.moments(x, self._axis, self._num_features, threads))
@@ -389,6 +389,7 @@ class BatchNorm(_core.Layer):
             In training mode it moves the running statistics as Keras does by default: 0.01 of each new mini-batch
             (Keras' momentum 0.99 is the weight of the old), with the variance divided by m.
         """
+        epsilon = _checks.finite("epsilon", epsilon)
         channels = _checks.length("moving_mean", moving_mean)
         affine = gamma is not None or beta is not None
         values = {
