@@ -33,7 +33,7 @@ from bn_c.layer import COUNTER, TORCH_KEYS, BatchNorm
 OPTIONS = "bn_c"
 LONGEST_NAME = 1000
 # What the arrays of a compressed file may take unpacked: more than layers need, less than harms a small device.
-UNPACKED = 64 << 20
+UNPACKED = 16 << 20
 UNPACKED_RATIO = 16
 NPY_1_0 = b"\x93NUMPY\x01\x00"  # what NumPy writes unless a header is huge
 
@@ -219,22 +219,19 @@ def _write_npz(arrays: Mapping[str, Array], text: str) -> bytes:
 
 def _read_safetensors(file: BinaryIO, path: Path) -> dict[str, BatchNorm]:
     with _package("safetensors").safe_open(path, framework="numpy") as tensors:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
 
         def read(key: str) -> Array:
-            return _bfloat16(file, key) if tensors.get_slice(key).get_dtype() == "BF16" else tensors.get_tensor(key)
+            if header[key]["dtype"] != "BF16":
+                return np.asarray(tensors.get_tensor(key))
+            # NumPy has no such numbers; they are the upper halves of float32.
+            start, end = header[key]["data_offsets"]
+            file.seek(8 + size + start)
+            halves = np.frombuffer(file.read(end - start), "<u2").astype(np.uint32)
+            return (halves << 16).view(np.float32).reshape(header[key]["shape"])
 
-        return _layers(list(tensors.keys()), read, (tensors.metadata() or {}).get(OPTIONS))
-
-
-def _bfloat16(file: BinaryIO, key: str) -> Array:
-    """Of a file that the package has checked: NumPy has no such dtype. They are the upper halves of float32."""
-    file.seek(0)
-    size = int.from_bytes(file.read(8), "little")
-    entry = json.loads(file.read(size))[key]
-    start, end = entry["data_offsets"]
-    file.seek(8 + size + start)
-    halves = np.frombuffer(file.read(end - start), "<u2").astype(np.uint32)
-    return (halves << 16).view(np.float32).reshape(entry["shape"])
+        return _layers(dict.fromkeys(tensors.keys()), read, (tensors.metadata() or {}).get(OPTIONS))
 
 
 def _write_safetensors(arrays: Mapping[str, Array], text: str) -> bytes:
@@ -256,7 +253,7 @@ def from_onnx(kind: type[BatchNorm], model_or_path: Any, node: str | None) -> Ba
     source = "a model" if path is None else str(path)
     with _taking("model_or_path", source):
         model = model_or_path if path is None else _model(path.read_bytes())
-        found = list(_batch_norms(model))
+        found = _batch_norms(model)
     chosen = [at for at in found if node in (None, _name(at[0]), at[0].output[0])]
     if len(chosen) != 1:
         names = _checks.names([_name(one) for one, _ in found])
@@ -338,12 +335,12 @@ def _onnx_layer(kind: type[BatchNorm], model: Any, node: Any, values: Values, pa
 def _constant(node: str, name: str, values: Values, path: Path | None) -> Array:
     """A parameter as it stands in the model, perhaps behind Identity nodes."""
     source: Any = values.get(name)
-    for _ in range(len(values)):
-        if getattr(source, "op_type", None) != "Identity":
-            break
+    seen = set()
+    while getattr(source, "op_type", None) == "Identity" and source.input[0] not in seen:
+        seen.add(source.input[0])
         source = values.get(source.input[0])
     if getattr(source, "op_type", None) == "Constant":
-        source = next((attribute.t for attribute in source.attribute if attribute.name == "value"), None)
+        source = next((attribute.t for attribute in source.attribute if attribute.name == "value"), source)
     if source is None or hasattr(source, "op_type"):
         by = f"by a node {source.op_type}" if source else "or fed"
         raise ValueError(f"{node}: expected constant parameters, got {name!r}, which is computed {by} at run time")
