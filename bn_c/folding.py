@@ -44,7 +44,7 @@ def fold_conv(weight: Any, bias: ArrayLike | None, bn: BatchNorm, *, transposed:
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        Naming the argument, what was expected and what came; also if the dtype of weight does not hold the result.
     """
     transposed = _checks.flag("transposed", transposed)
     weight = _weight(weight, (3, 4, 5))
@@ -121,7 +121,17 @@ def _fold(weight: Array, outputs: tuple[int, ...], bias: Any, bn: BatchNorm) -> 
     """`outputs`: the shape of one value per output beside the first dimensions of weight."""
     bias = _checks.optional_vector("bias", bias, bn.num_features)
     gamma, beta = (1, 0) if bn.gamma is None else (bn.gamma.astype(np.float64), bn.beta)
-    scale = gamma / np.sqrt(bn.running_var.astype(np.float64) + bn.eps)
-    shift = ((0 if bias is None else np.asarray(bias, np.float64)) - bn.running_mean) * scale + beta
-    per_output = scale.reshape(outputs + (1,) * (weight.ndim - len(outputs)))
-    return (weight * per_output).astype(weight.dtype), shift.astype(weight.dtype)
+    with np.errstate(all="ignore"):
+        scale = gamma / np.sqrt(bn.running_var.astype(np.float64) + bn.eps)
+        shift = ((0 if bias is None else np.asarray(bias, np.float64)) - bn.running_mean) * scale + beta
+        per_output = scale.reshape(outputs + (1,) * (weight.ndim - len(outputs)))
+        return _rounded(weight * per_output, weight.dtype), _rounded(shift, weight.dtype)
+
+
+def _rounded(exact: Array, dtype: np.dtype[Any]) -> Array:
+    rounded = exact.astype(dtype)
+    if np.any(np.isinf(rounded) & np.isfinite(exact)):
+        raise ValueError(
+            f"weight: expected a dtype that holds what is folded, got {dtype}; pass weight.astype(np.float32)"
+        )
+    return rounded

@@ -124,11 +124,25 @@ def test_computed_in_double(rng):
     assert np.array_equal(bias, (beta - mean * scale).astype("f4"))
 
 
-def test_overflow_is_said():
-    bn = bn_c.BatchNorm(1, eps=1e-6)
-    bn.running_var = [0.0]
-    with pytest.warns(RuntimeWarning, match="overflow"):
-        bn_c.fold_linear(np.full((1, 1), 1000, "f2"), None, bn)
+def test_overflow_is_refused():
+    """Rather than a network that gives infinities on the device."""
+    bn = bn_c.BatchNorm(2, eps=1e-6)
+    bn.running_var = [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"^weight: expected a dtype that holds what is folded, got float16"):
+        bn_c.fold_linear(np.full((2, 1), 1000, "f2"), None, bn)
+    bn.running_mean = [70.0, 0.0]
+    with pytest.raises(ValueError, match=r"^weight: expected a dtype"):
+        bn_c.fold_linear(np.zeros((2, 1), "f2"), None, bn)
+    bn_c.fold_linear(np.full((2, 1), 1000, "f4"), None, bn)
+
+
+def test_no_variance():
+    """var + eps of 0, and below, is what IEEE 754 says, in that channel alone."""
+    bn = bn_c.BatchNorm(3, eps=0.0)
+    bn.running_var = [0.0, -1.0, 1.0]
+    weight, bias = bn_c.fold_linear(np.ones((3, 1), "f4"), None, bn)
+    assert np.array_equal(weight[:, 0], [np.inf, np.nan, 1], equal_nan=True)
+    assert np.array_equal(bias, [np.nan, np.nan, 0], equal_nan=True)
 
 
 BN = bn_c.BatchNorm(4)
