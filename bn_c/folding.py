@@ -131,7 +131,5 @@ def _fold(weight: Array, outputs: tuple[int, ...], bias: Any, bn: BatchNorm) -> 
 def _rounded(exact: Array, dtype: np.dtype[Any]) -> Array:
     rounded = exact.astype(dtype)
     if np.any(np.isinf(rounded) & np.isfinite(exact)):
-        raise ValueError(
-            f"weight: expected a dtype that holds what is folded, got {dtype}; pass weight.astype(np.float32)"
-        )
+        raise ValueError(f"weight: expected a dtype that holds what is folded, got {dtype}; pass a wider one")
     return rounded
