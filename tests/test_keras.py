@@ -10,6 +10,7 @@ import pytest
 import bn_c
 
 AGREE = 2e-5
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras' tensors
 
 
 def weights(rng, channels=4):

@@ -225,6 +225,7 @@ def test_external_data(path, rng):
     refused(path)
 
 
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
 def test_from_pytorch(path, rng):
     """A network as PyTorch exports it, with its batch norm before the convolution, where it stays."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: nothing of it is loaded")
