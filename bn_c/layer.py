@@ -300,12 +300,11 @@ class BatchNorm(_core.Layer):
         if "running_mean" not in self._arrays:
             raise ValueError("running_mean: expected a layer with running statistics, this one was made without")
         samples = 1 if self._axis % x.ndim == 0 else x.shape[0]
-
-        update = {}
-        for name, batch in (("running_mean", stats.mean), ("running_var", stats.var)):
-            old = prior * self._arrays[name].astype(np.float64) if prior else 0.0
-            update[name] = (old + samples * batch) / (prior + samples)
+        arrays, update = self._arrays.copy(), {}
         with np.errstate(all="ignore"):
+            for name, batch in (("running_mean", stats.mean), ("running_var", stats.var)):
+                old = prior / (prior + samples) * arrays[name].astype(np.float64) if prior else 0.0
+                update[name] = old + samples / (prior + samples) * batch
             self._assign(update)
         return self
 
