@@ -119,11 +119,12 @@ def _fold_rows(weight: Array, bias: Any, bn: Any) -> tuple[Array, Array]:
 
 def _fold(weight: Array, outputs: tuple[int, ...], bias: Any, bn: BatchNorm) -> tuple[Array, Array]:
     """`outputs`: the shape of one value per output beside the first dimensions of weight."""
-    bias = _checks.optional_vector("bias", bias, bn.num_features)
+    channels = bn.num_features
+    bias = np.zeros(channels) if bias is None else np.asarray(_checks.vector("bias", bias, channels), np.float64)
     gamma, beta = (1, 0) if bn.gamma is None else (bn.gamma.astype(np.float64), bn.beta)
     with np.errstate(all="ignore"):
         scale = gamma / np.sqrt(bn.running_var.astype(np.float64) + bn.eps)
-        shift = ((0 if bias is None else np.asarray(bias, np.float64)) - bn.running_mean) * scale + beta
+        shift = (bias - bn.running_mean) * scale + beta
         per_output = scale.reshape(outputs + (1,) * (weight.ndim - len(outputs)))
         return _rounded(weight * per_output, weight.dtype), _rounded(shift, weight.dtype)
 

@@ -294,7 +294,7 @@ class BatchNorm(_core.Layer):
         prior = _checks.finite("prior", prior)
         x = _checks.array("x", x)
         threads = _threads.resolve(self._num_threads)
-        stats = BatchStats.of(*_core.moments(x, self._axis, self._num_features, threads))
+        stats = BatchStats.of(*_core.moments(x, None, 0, self._axis, self._num_features, threads))
         if stats.count == 0:
             raise ValueError(f"x: expected at least one element per channel, got shape {_checks.shape(x.shape)}")
         if "running_mean" not in self._arrays:
