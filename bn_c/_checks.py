@@ -101,8 +101,8 @@ def optional_array(name: str, value: Any) -> NDArray[Any] | None:
     return None if value is None else array(name, value)
 
 
-def names(values: Mapping[str, Any]) -> str:
-    """The first keys of a mapping."""
+def names(values: Iterable[str]) -> str:
+    """The first of some names, such as the keys of a mapping."""
     keys = list(values)
     return ", ".join(map(repr, keys[:5])) + (" ..." if len(keys) > 5 else "") or "none"
 
@@ -141,12 +141,17 @@ def number(name: str, value: Any) -> float:
         raise ValueError(f"{name}: expected a number that float holds, got {said(value)}") from error
 
 
-def eps(value: Any) -> float:
+def finite(name: str, value: Any) -> float:
     """A finite number, not negative."""
-    result = number("eps", value)
+    result = number(name, value)
     if not 0 <= result < INFINITY:
-        raise ValueError(f"eps: expected a finite number >= 0, got {result}")
+        raise ValueError(f"{name}: expected a finite number >= 0, got {result}")
     return result
+
+
+def eps(value: Any) -> float:
+    """What is added to the variance."""
+    return finite("eps", value)
 
 
 def momentum(value: Any) -> float:
@@ -211,6 +216,14 @@ def mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected a mapping, got {kind(value)}")
     return value
+
+
+def length(name: str, value: Any) -> int:
+    """How many channels there are, where a vector says it."""
+    try:
+        return int(np.shape(value)[0])
+    except Exception as error:
+        raise TypeError(f"{name}: expected one value per channel, got {kind(value)}") from error
 
 
 def channels(x: NDArray[Any], at: int) -> int:

@@ -272,6 +272,48 @@ class BatchNorm(_core.Layer):
         self._take(arrays)
         self._num_batches_tracked = seen
 
+    def adapt(self, x: Any, prior: float = 16) -> BatchNorm:
+        """Re-centres a trained layer on data from a sensor that has drifted (Schneider et al. 2020, arXiv:2006.16971).
+
+            running = (prior * running + n * batch) / (prior + n)
+
+        for running_mean and running_var, with x's own mean and biased variance and n, the number of samples in x.
+
+        Parameters
+        ----------
+        x : array
+            As in a call; its first dimension counts samples. If that one has the channels, x is one sample.
+        prior : float
+            How many samples the present statistics are worth; finite, >= 0. 0 takes those of x alone.
+
+        Returns
+        -------
+        BatchNorm
+            The layer. Neither the mode nor num_batches_tracked changes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was expected and what came; also if x has no element per channel, or the layer
+            no running statistics. Nothing changes then.
+        """
+        prior = _checks.finite("prior", prior)
+        x = _checks.array("x", x)
+        threads = _threads.resolve(self._num_threads)
+        stats = BatchStats.of(*_core.moments(x, None, 0, self._axis, self._num_features, threads))
+        if stats.count == 0:
+            raise ValueError(f"x: expected at least one element per channel, got shape {_checks.shape(x.shape)}")
+        if "running_mean" not in self._arrays:
+            raise ValueError("running_mean: expected a layer with running statistics, this one was made without")
+        samples = 1 if self._axis % x.ndim == 0 else x.shape[0]
+        arrays, update = self._arrays.copy(), {}
+        with np.errstate(all="ignore"):
+            for name, batch in (("running_mean", stats.mean), ("running_var", stats.var)):
+                old = prior / (prior + samples) * arrays[name].astype(np.float64) if prior else 0.0
+                update[name] = old + samples / (prior + samples) * batch
+            self._assign(update)
+        return self
+
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Copies of the parameters and running statistics, under PyTorch's keys."""
         state: dict[str, NDArray[Any]] = {
@@ -321,14 +363,78 @@ class BatchNorm(_core.Layer):
             "affine": "gamma" in found or "beta" in found,
             "track_running_stats": "running_mean" in found or "running_var" in found,
         }
-        name, first = next(iter(found.items()))
-        try:
-            channels = len(first)
-        except TypeError as error:
-            raise TypeError(f"{name}: expected one value per channel, got {_checks.kind(first)}") from error
-        layer = cls(channels, **{**defaults, **options})
+        layer = cls(_checks.length(*next(iter(found.items()))), **{**defaults, **options})
         layer.load_state_dict(state, prefix)
         return layer
+
+    @classmethod
+    def from_keras(
+        cls,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        moving_mean: ArrayLike,
+        moving_variance: ArrayLike,
+        *,
+        epsilon: float = 1e-3,
+        axis: int = -1,
+    ) -> BatchNorm:
+        """The layer of the weights of a Keras `BatchNormalization`.
+
+        Parameters
+        ----------
+        gamma, beta, moving_mean, moving_variance : (C,) arrays, lists or Keras variables
+            `layer.get_weights()` has those that there are, in this order; gamma or beta is None where it is missing
+            (`scale=False`, `center=False`).
+        epsilon, axis
+            As in Keras, with its defaults.
+
+        Returns
+        -------
+        BatchNorm
+            In training mode it moves the running statistics as Keras does by default: 0.01 of each new mini-batch
+            (Keras' momentum 0.99 is the weight of the old), with the variance divided by m.
+        """
+        epsilon = _checks.finite("epsilon", epsilon)
+        channels = _checks.length("moving_mean", moving_mean)
+        affine = gamma is not None or beta is not None
+        values = {
+            "gamma": np.ones(channels) if gamma is None else _checks.vector("gamma", gamma, channels),
+            "beta": np.zeros(channels) if beta is None else _checks.vector("beta", beta, channels),
+            "running_mean": _checks.vector("moving_mean", moving_mean, channels),
+            "running_var": _checks.vector("moving_variance", moving_variance, channels),
+        }
+        layer = cls(channels, eps=epsilon, momentum=0.01, axis=axis, affine=affine, unbiased_running_var=False)
+        layer._assign({name: value for name, value in values.items() if name in layer._arrays})
+        return layer
+
+    @classmethod
+    def from_onnx(cls, model_or_path: Any, node: str | None = None) -> BatchNorm:
+        """The layer of a BatchNormalization node of an ONNX model, of any opset.
+
+        Parameters
+        ----------
+        model_or_path : onnx.ModelProto, or path of an .onnx file
+            External data is found next to the file.
+        node : str, optional
+            The node's name or that of its output; None: the only one that there is.
+
+        Returns
+        -------
+        BatchNorm
+            With momentum as the weight of the new mini-batch, 1 - that of ONNX, and in training mode if the node is.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        TypeError, ValueError
+            Naming the argument; also if a parameter is no constant but computed at run time.
+        ImportError
+            If onnx is not installed: `pip install 'bn-c[models]'`.
+        """
+        from bn_c import models
+
+        return models.from_onnx(cls, model_or_path, node)
 
     def _options(self) -> dict[str, Any]:
         """What the constructor was given, with what has been assigned since."""

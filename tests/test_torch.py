@@ -163,3 +163,85 @@ def test_network_with_its_batch_norms_replaced(memory_format, generator):
     x = torch.randn((32, 3, 16, 16), generator=generator).contiguous(memory_format=memory_format)
     with torch.inference_mode():
         assert_agrees(ours(x).numpy(), theirs(x))
+
+
+def test_whole_model_in_a_safetensors_file(tmp_path, generator):
+    """One line: the layers of a network in PyTorch's file, in any of its dtypes, and PyTorch's outputs from them."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: no file is loaded")
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        theirs = network()
+    for _ in range(5):
+        theirs(torch.randn((32, 3, 16, 16), generator=generator))
+    theirs.eval()
+    x = torch.randn((2, 32, 5, 7), generator=generator)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        safetensors.save_file(theirs.to(dtype).state_dict(), tmp_path / "model.safetensors")
+        layers = bn_c.load_layers(tmp_path / "model.safetensors")
+        modules = {name: m.float() for name, m in theirs.named_children() if "BatchNorm" in type(m).__name__}
+        assert list(layers) == sorted(modules)
+        for name, layer in layers.items():
+            assert layer.num_batches_tracked == modules[name].num_batches_tracked == 5
+            layer.eps = modules[name].eps
+            given = x[:, : layer.num_features]
+            given = given if isinstance(modules[name], torch.nn.BatchNorm2d) else given[:, :, 0, 0]
+            with torch.inference_mode():
+                assert_agrees(layer(given), modules[name](given))
+
+
+def test_our_file_loads_into_pytorch(tmp_path, generator):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: no file is loaded")
+    _, ours = pair("2d", generator, momentum=None)
+    ours.train()(batch("2d", generator, 3))
+    bn_c.save_layers(tmp_path / "layers.safetensors", {"bn": ours})
+    network = torch.nn.Sequential()
+    network.add_module("bn", torch.nn.BatchNorm2d(6))
+    network.load_state_dict(safetensors.load_file(tmp_path / "layers.safetensors"))
+    x = batch("2d", generator, 3)
+    assert_agrees(ours.eval()(x), network.eval()(x))
+
+
+CONVOLUTIONS = {
+    "1d": (torch.nn.Conv1d, torch.nn.BatchNorm1d, 1, {}),
+    "2d, strides and groups": (torch.nn.Conv2d, torch.nn.BatchNorm2d, 2, {"stride": 2, "padding": 1, "groups": 2}),
+    "2d, depthwise": (torch.nn.Conv2d, torch.nn.BatchNorm2d, 2, {"groups": 4, "bias": False}),
+    "3d": (torch.nn.Conv3d, torch.nn.BatchNorm3d, 3, {"dilation": 2}),
+    "transposed 1d": (torch.nn.ConvTranspose1d, torch.nn.BatchNorm1d, 1, {"stride": 2}),
+    "transposed 2d": (torch.nn.ConvTranspose2d, torch.nn.BatchNorm2d, 2, {"stride": 2, "groups": 2, "padding": 1}),
+    "transposed 3d": (torch.nn.ConvTranspose3d, torch.nn.BatchNorm3d, 3, {"groups": 4, "bias": False}),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_folded_network(name, generator):
+    """Convolution, batch norm, ReLU, linear, batch norm: the same output without the batch norms."""
+    conv_of, bn_of, ndim, options = CONVOLUTIONS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        conv, linear = conv_of(4, 8, 3, **options), torch.nn.Linear(8, 5)
+    bns = bn_of(8, eps=1e-3), torch.nn.BatchNorm1d(5)
+    x = torch.randn((6, 4, *(8,) * ndim), generator=generator)
+
+    def forward(conv, linear, bns):
+        z = bns[0](conv(x)).relu().flatten(2).mean(2)
+        return bns[1](linear(z))
+
+    for bn in bns:
+        torch.nn.init.uniform_(bn.weight, -2, 2, generator=generator)
+        torch.nn.init.uniform_(bn.bias, -2, 2, generator=generator)
+    for _ in range(5):
+        forward(conv, linear, bns)
+    for bn in bns:
+        bn.eval()
+    with torch.inference_mode():
+        expected = forward(conv, linear, bns)
+        layers = [bn_c.BatchNorm.from_torch(bn.state_dict(), eps=bn.eps) for bn in bns]
+        state = conv.state_dict()
+        folded = (
+            bn_c.fold_conv(state["weight"], state.get("bias"), layers[0], transposed="transposed" in name),
+            bn_c.fold_linear(*linear.state_dict().values(), layers[1]),
+        )
+        for module, (weight, bias) in zip((conv, linear), folded, strict=True):
+            module.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+            module.bias = torch.nn.Parameter(torch.from_numpy(bias), requires_grad=False)
+        assert_agrees(forward(conv, linear, (lambda y: y, lambda y: y)).numpy(), expected)
