@@ -4,7 +4,8 @@
     y = gamma * (x - mean) / sqrt(var + eps) + beta
 
 `batch_norm` uses the statistics of the mini-batch, `batch_norm_inference` given ones, `batch_stats` takes them
-alone, `BatchStats` merges them from parts, `BatchNorm` is the layer with running statistics.
+alone, `BatchStats` merges them from parts, `BatchNorm` is the layer with running statistics, and
+`ImageNormalizer` makes tensors of camera frames.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from bn_c._dispatch import isa, supported_isas
 from bn_c._threads import get_num_threads, set_num_threads
 from bn_c.functional import batch_norm, batch_norm_inference, batch_stats
+from bn_c.image import ImageNormalizer
 from bn_c.layer import BatchNorm
 from bn_c.stats import BatchStats
 
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchNorm",
     "BatchStats",
+    "ImageNormalizer",
     "__version__",
     "batch_norm",
     "batch_norm_inference",

@@ -64,3 +64,16 @@ class Layer:
     def __call__(
         self, x: Any, *, residual: Any = None, mask: Any = None, dtype: Any = None, out: Any = None
     ) -> NDArray[Any]: ...
+
+class Pixels:
+    channels: int
+    def __init__(
+        self,
+        linear: NDArray[np.float32],
+        table: NDArray[Any] | None,
+        dtype: np.dtype[Any],
+        linear_is_exact: bool,
+        reverse: bool,
+        channels_last: bool,
+    ) -> None: ...
+    def __call__(self, frame: NDArray[Any], out: NDArray[Any] | None, threads: int) -> NDArray[Any]: ...
