@@ -21,9 +21,9 @@ cdef extern from "bn_c/image.h" nogil:
         BN_INT8
     void bn_pixels_plan(
         bn_pixels *plan, Py_ssize_t pixel, Py_ssize_t channel, Py_ssize_t channels, int interleaved, int type)
+    void bn_pixels_scale(bn_pixels *plan, const float *scale, const float *shift)
     Py_ssize_t bn_pixels_row(
-        const bn_pixels *plan, const uint8_t *x, Py_ssize_t n, char *y, Py_ssize_t plane,
-        const float *scale, const float *shift, Py_ssize_t *stop)
+        const bn_pixels *plan, const uint8_t *x, Py_ssize_t n, char *y, Py_ssize_t plane, Py_ssize_t *stop)
 
 cdef enum:
     HEIGHT = 1
@@ -79,7 +79,7 @@ cdef inline void run_of_channel(
         look_up_run(source, pixel, out, out_pixel, stop - first, size, images.table + c * 256 * size)
 
 
-cdef inline void row_of_pixels(const Images *images, const bn_pixels *plan, const char *x, char *out) noexcept nogil:
+cdef inline void row_of_pixels(const Images *images, bn_pixels *plan, const char *x, char *out) noexcept nogil:
     cdef Py_ssize_t channels = images.shape[CHANNEL], width = images.shape[WIDTH]
     cdef Py_ssize_t pixel = images.x_strides[WIDTH], channel = images.x_strides[CHANNEL]
     cdef Py_ssize_t at_once = max(plan.channels, 1)
@@ -89,12 +89,16 @@ cdef inline void row_of_pixels(const Images *images, const bn_pixels *plan, cons
         n = min(block, width - start)
         c = 0
         while c < channels:
+            if at_once < channels:
+                bn_pixels_scale(plan, images.scale + c, images.shift + c)
             first = bn_pixels_row(
                 plan, <const uint8_t *> x + c * channel, n, out + c * images.out_strides[CHANNEL],
-                images.out_strides[CHANNEL], images.scale + c, images.shift + c, &stop)
+                images.out_strides[CHANNEL], &stop)
             for k in range(c, c + at_once):
-                run_of_channel(images, k, x, out, 0, first)
-                run_of_channel(images, k, x, out, stop, n)
+                if first > 0:
+                    run_of_channel(images, k, x, out, 0, first)
+                if stop < n:
+                    run_of_channel(images, k, x, out, stop, n)
             c += at_once
         x += n * pixel
         out += n * images.out_strides[WIDTH]
@@ -143,6 +147,7 @@ cdef inline void make_plan(const Images *images, bn_pixels *plan) noexcept nogil
         bn_pixels_plan(plan, pixel, channel, channels, 0, plan_type(images.type))
         if plan.channels == 0:
             bn_pixels_plan(plan, pixel, 0, 1, 0, plan_type(images.type))
+    bn_pixels_scale(plan, images.scale, images.shift)
 
 
 cdef inline bint is_run_of_elements(const Images *images) noexcept nogil:
@@ -160,9 +165,9 @@ cdef inline void normalize_images(const Images *images) noexcept nogil:
     cdef char *out
     cdef bn_pixels plan
     make_plan(images, &plan)
-    cdef bint elements = plan.channels == 0 and is_run_of_elements(images)
+    cdef bint elements = is_run_of_elements(images) and channels > 1
     if elements and channels <= REPEATED:
-        period = REPEATED // channels * channels
+        period = REPEATED // channels * channels if channels > 16 else REPEATED // (16 * channels) * 16 * channels
         for i in range(period):
             scales[i] = scale[i % channels]
             shifts[i] = shift[i % channels]

@@ -225,7 +225,7 @@ class ImageNormalizer:
         return pixels
 
     def _folded(self, mean: NDArray[Any], std: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[Any] | None, bool]:
-        """Scale and shift; what becomes of each byte, unless that is float32; whether scale and shift give just that."""
+        """Scale and shift; what becomes of each byte, unless that is float32; whether scale and shift give it."""
         if self.quant is not None:
             return self._folded_to_integers(mean, std, *self.quant)
         with np.errstate(all="ignore"):

@@ -2,9 +2,11 @@
  *
  * Four pixels that lie in 16 bytes are loaded at once. One shuffle then picks four bytes, those of a channel
  * or those of four elements that follow each other in y, and widens them to 32 bits. Strides are in what the
- * shuffles pick: the order of channels, a byte that is skipped, and flips cost nothing. Plain SSE2 has no
- * such shuffle; it loads pixels as words of 32 bits, at any distance, and shifts a channel out of them. Steps
- * may overlap, since what they write depends on x alone.
+ * shuffles pick: the order of channels, a byte that is skipped, and flips cost nothing.
+ * Plain SSE2 has no such shuffle. It loads pixels as words of 32 bits, at any distance. A channel is shifted
+ * out of four words; of interleaved elements a whole pixel is stored, whose lanes beyond the channels are
+ * overwritten by the pixel that follows.
+ * Steps may overlap, since what they write depends on x alone.
  */
 #ifndef BN_C_IMAGE_H
 #define BN_C_IMAGE_H
@@ -30,15 +32,18 @@ typedef struct {
     ptrdiff_t low;    /* from the first of the pixels of a step to the first byte that is loaded */
     ptrdiff_t reach;  /* and to the last */
     ptrdiff_t behind; /* from a pixel to its last byte */
-    union {
+    struct {
         uint8_t picks[16]; /* the byte that goes to each of the 16 */
         int64_t shift;     /* SSE2: what a word is shifted by */
-    } of[4];
+        float scale[4];
+        float shifted[4];
+    } of[4]; /* each four elements of y */
 } bn_pixels;
 
 #if defined(__AVX2__)
-enum { BN_STEP = 8 };
+enum { BN_STEP = 8, BN_SHUFFLES = 1 };
 typedef __m256i bn_px_bytes;
+typedef __m256i bn_px_picks;
 typedef __m256 bn_px_floats;
 
 static inline bn_px_bytes bn_px_load(const uint8_t *x, ptrdiff_t pixel)
@@ -48,10 +53,21 @@ static inline bn_px_bytes bn_px_load(const uint8_t *x, ptrdiff_t pixel)
                                    _mm_loadu_si128((const __m128i *)(x + 4 * pixel)), 1);
 }
 
-static inline bn_px_floats bn_px_pick(bn_px_bytes x, const bn_pixels *p, int k)
+static inline bn_px_bytes bn_px_ordered(bn_px_bytes x, const bn_px_picks *picks, int channels)
 {
-    const __m128i picks = _mm_loadu_si128((const __m128i *)p->of[k].picks);
-    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(picks)));
+    (void)picks, (void)channels;
+    return x;
+}
+
+static inline bn_px_floats bn_px_pick(bn_px_bytes x, bn_px_picks picks, int k, int interleaved)
+{
+    (void)k, (void)interleaved;
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(x, picks));
+}
+
+static inline bn_px_picks bn_px_picks_of(const bn_pixels *p, int k)
+{
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p->of[k].picks));
 }
 
 static inline bn_px_floats bn_px_four(const float *values)
@@ -100,8 +116,9 @@ static inline void bn_px_store(char *y, char *rest, bn_px_floats v, int type, in
     }
 }
 #elif defined(__SSE2__)
-enum { BN_STEP = 4 };
+enum { BN_STEP = 4, BN_SHUFFLES = 0 };
 typedef __m128i bn_px_bytes;
+typedef __m128i bn_px_picks;
 typedef __m128 bn_px_floats;
 
 static inline __m128i bn_px_word(const uint8_t *x)
@@ -117,10 +134,33 @@ static inline bn_px_bytes bn_px_load(const uint8_t *x, ptrdiff_t pixel)
                               _mm_unpacklo_epi32(bn_px_word(x + 2 * pixel), bn_px_word(x + 3 * pixel)));
 }
 
-static inline bn_px_floats bn_px_pick(bn_px_bytes x, const bn_pixels *p, int k)
+static inline __m128i bn_px_channel(bn_px_bytes x, bn_px_picks count)
 {
-    const __m128i count = _mm_loadl_epi64((const __m128i *)&p->of[k].shift);
-    return _mm_cvtepi32_ps(_mm_and_si128(_mm_srl_epi32(x, count), _mm_set1_epi32(255)));
+    return _mm_and_si128(_mm_srl_epi32(x, count), _mm_set1_epi32(255));
+}
+
+/* The bytes of four words in the order of their channels. */
+static inline bn_px_bytes bn_px_ordered(bn_px_bytes x, const bn_px_picks *picks, int channels)
+{
+    __m128i ordered = bn_px_channel(x, picks[0]);
+    for (int k = 1; k < channels; k++)
+        ordered = _mm_or_si128(ordered, _mm_slli_epi32(bn_px_channel(x, picks[k]), 8 * k));
+    return ordered;
+}
+
+/* A channel, or interleaved the channels of pixel k. */
+static inline bn_px_floats bn_px_pick(bn_px_bytes x, bn_px_picks count, int k, int interleaved)
+{
+    const __m128i zero = _mm_setzero_si128();
+    if (!interleaved)
+        return _mm_cvtepi32_ps(bn_px_channel(x, count));
+    const __m128i shorts = k < 2 ? _mm_unpacklo_epi8(x, zero) : _mm_unpackhi_epi8(x, zero);
+    return _mm_cvtepi32_ps(k % 2 ? _mm_unpackhi_epi16(shorts, zero) : _mm_unpacklo_epi16(shorts, zero));
+}
+
+static inline bn_px_picks bn_px_picks_of(const bn_pixels *p, int k)
+{
+    return _mm_loadl_epi64((const __m128i *)&p->of[k].shift);
 }
 
 static inline bn_px_floats bn_px_four(const float *values) { return _mm_loadu_ps(values); }
@@ -145,8 +185,9 @@ static inline void bn_px_store(char *y, char *rest, bn_px_floats v, int type, in
     memcpy(y, &four, 4);
 }
 #elif defined(__aarch64__)
-enum { BN_STEP = 4 };
+enum { BN_STEP = 4, BN_SHUFFLES = 1 };
 typedef uint8x16_t bn_px_bytes;
+typedef uint8x16_t bn_px_picks;
 typedef float32x4_t bn_px_floats;
 
 static inline bn_px_bytes bn_px_load(const uint8_t *x, ptrdiff_t pixel)
@@ -155,10 +196,19 @@ static inline bn_px_bytes bn_px_load(const uint8_t *x, ptrdiff_t pixel)
     return vld1q_u8(x);
 }
 
-static inline bn_px_floats bn_px_pick(bn_px_bytes x, const bn_pixels *p, int k)
+static inline bn_px_bytes bn_px_ordered(bn_px_bytes x, const bn_px_picks *picks, int channels)
 {
-    return vcvtq_f32_u32(vreinterpretq_u32_u8(vqtbl1q_u8(x, vld1q_u8(p->of[k].picks))));
+    (void)picks, (void)channels;
+    return x;
 }
+
+static inline bn_px_floats bn_px_pick(bn_px_bytes x, bn_px_picks picks, int k, int interleaved)
+{
+    (void)k, (void)interleaved;
+    return vcvtq_f32_u32(vreinterpretq_u32_u8(vqtbl1q_u8(x, picks)));
+}
+
+static inline bn_px_picks bn_px_picks_of(const bn_pixels *p, int k) { return vld1q_u8(p->of[k].picks); }
 
 static inline bn_px_floats bn_px_four(const float *values) { return vld1q_f32(values); }
 
@@ -211,7 +261,7 @@ static inline void bn_pixels_plan(bn_pixels *p, ptrdiff_t pixel, ptrdiff_t chann
             memcpy(p->of[k].picks + 4 * i, picks, 4);
         }
 #else
-    if (high - low > 3 || interleaved || type == BN_HALVES)
+    if (high - low > 3 || type == BN_HALVES || (interleaved && type != BN_FLOATS))
         return;
     p->low = low;
     p->reach = low + 3 + (pixel > 0 ? 3 * pixel : 0);
@@ -221,42 +271,56 @@ static inline void bn_pixels_plan(bn_pixels *p, ptrdiff_t pixel, ptrdiff_t chann
     p->channels = (int)channels;
 }
 
-static inline void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane,
-                                  const float *scale, const float *shift, ptrdiff_t i, ptrdiff_t last,
-                                  const int channels, const int interleaved, const int type)
+/* With the scale and shift of its channels. */
+static inline void bn_pixels_scale(bn_pixels *p, const float *scale, const float *shift)
+{
+    for (int k = 0; k < 4 && p->channels; k++)
+        for (int i = 0; i < 4; i++) {
+            const int at = BN_SHUFFLES ? 4 * k + i : i,
+                      c = p->interleaved ? at % p->channels : k % p->channels;
+            p->of[k].scale[i] = scale[c];
+            p->of[k].shifted[i] = shift[c];
+        }
+}
+
+static inline void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane, ptrdiff_t i,
+                                  const ptrdiff_t last, const int channels, const int interleaved,
+                                  const int type)
 {
     const ptrdiff_t size = type == BN_FLOATS ? 4 : type == BN_HALVES ? 2 : 1;
     const ptrdiff_t step = interleaved ? channels * size : size; /* from pixel to pixel */
-    const ptrdiff_t apart = interleaved ? 4 * size : plane; /* from one shuffle's elements to the next's */
-    bn_px_floats scales[4], shifts[4];
-    for (int k = 0; k < channels; k++) {
-        float a[4], b[4];
-        for (int j = 0; j < 4; j++) {
-            a[j] = scale[interleaved ? (4 * k + j) % channels : k];
-            b[j] = shift[interleaved ? (4 * k + j) % channels : k];
-        }
-        scales[k] = bn_px_four(a);
-        shifts[k] = bn_px_four(b);
+    const int fours = interleaved && !BN_SHUFFLES ? 4 : channels;
+    const ptrdiff_t apart = !interleaved ? plane : BN_SHUFFLES ? 4 * size : step;
+    const ptrdiff_t pixel = p->pixel, low = p->low;
+    bn_px_picks picks[4];
+    bn_px_floats scale[4], shift[4];
+    for (int k = 0; k < fours; k++) {
+        picks[k] = bn_px_picks_of(p, k);
+        scale[k] = bn_px_four(p->of[k].scale);
+        shift[k] = bn_px_four(p->of[k].shifted);
     }
+    /* The second step begins where stores are aligned. */
+    ptrdiff_t ahead = BN_STEP - (interleaved ? 0 : (ptrdiff_t)((uintptr_t)(y + i * size) / size % BN_STEP));
     for (;;) {
-        const bn_px_bytes pixels = bn_px_load(x + i * p->pixel + p->low, p->pixel);
-        for (int k = 0; k < channels; k++) {
+        const bn_px_bytes loaded = bn_px_load(x + i * pixel + low, pixel);
+        const bn_px_bytes pixels = interleaved ? bn_px_ordered(loaded, picks, channels) : loaded;
+        for (int k = 0; k < fours; k++) {
             char *to = y + i * step + k * apart;
-            bn_px_store(to, to + 4 * step, bn_px_scaled(bn_px_pick(pixels, p, k), scales[k], shifts[k]), type,
-                        interleaved);
+            const bn_px_floats four = bn_px_pick(pixels, picks[k], k, interleaved);
+            bn_px_store(to, to + 4 * step, bn_px_scaled(four, scale[k], shift[k]), type, interleaved);
         }
         if (i == last)
             return;
-        i = i + BN_STEP < last ? i + BN_STEP : last;
+        i = i + ahead < last ? i + ahead : last;
+        ahead = BN_STEP;
     }
 }
 
 static inline void bn_pixels_typed(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane,
-                                   const float *scale, const float *shift, ptrdiff_t first, ptrdiff_t last,
-                                   const int type)
+                                   ptrdiff_t first, ptrdiff_t last, const int type)
 {
 #define BN_LOOP(channels, interleaved)                                                                       \
-    bn_pixels_loop(p, x, y, plane, scale, shift, first, last, channels, interleaved, type)
+    bn_pixels_loop(p, x, y, plane, first, last, channels, interleaved, type)
     switch (p->channels + (p->interleaved ? 4 : 0)) {
     case 1:
     case 5:
@@ -285,17 +349,16 @@ static inline void bn_pixels_typed(const bn_pixels *p, const uint8_t *x, char *y
 }
 
 /* Most of n pixels, from the one returned to the one before `stop`; no byte is read that is not between the
- * first and the last of theirs. */
+ * first and the last of theirs, none is written that belongs to others. */
 static inline ptrdiff_t bn_pixels_row(const bn_pixels *p, const uint8_t *x, ptrdiff_t n, char *y,
-                                      ptrdiff_t plane, const float *scale, const float *shift,
-                                      ptrdiff_t *stop)
+                                      ptrdiff_t plane, ptrdiff_t *stop)
 {
     *stop = 0;
     if (p->channels == 0)
         return 0;
     const ptrdiff_t end = p->behind + (p->pixel > 0 ? (n - 1) * p->pixel : 0);
     const ptrdiff_t room = end - p->reach; /* of the first step */
-    ptrdiff_t first = 0, last = n - BN_STEP;
+    ptrdiff_t first = 0, last = n - BN_STEP - (p->interleaved && !BN_SHUFFLES);
     if (p->pixel > 0 && room < last * p->pixel)
         last = room < 0 ? -1 : room / p->pixel;
     else if (p->pixel < 0 && room < 0)
@@ -306,16 +369,16 @@ static inline ptrdiff_t bn_pixels_row(const bn_pixels *p, const uint8_t *x, ptrd
         return 0;
     switch (p->type) {
     case BN_FLOATS:
-        bn_pixels_typed(p, x, y, plane, scale, shift, first, last, BN_FLOATS);
+        bn_pixels_typed(p, x, y, plane, first, last, BN_FLOATS);
         break;
     case BN_HALVES:
-        bn_pixels_typed(p, x, y, plane, scale, shift, first, last, BN_HALVES);
+        bn_pixels_typed(p, x, y, plane, first, last, BN_HALVES);
         break;
     case BN_UINT8:
-        bn_pixels_typed(p, x, y, plane, scale, shift, first, last, BN_UINT8);
+        bn_pixels_typed(p, x, y, plane, first, last, BN_UINT8);
         break;
     default:
-        bn_pixels_typed(p, x, y, plane, scale, shift, first, last, BN_INT8);
+        bn_pixels_typed(p, x, y, plane, first, last, BN_INT8);
     }
     *stop = last + BN_STEP;
     return first;
@@ -328,11 +391,15 @@ static inline void bn_pixels_plan(bn_pixels *p, ptrdiff_t pixel, ptrdiff_t chann
     p->channels = 0;
 }
 
-static inline ptrdiff_t bn_pixels_row(const bn_pixels *p, const uint8_t *x, ptrdiff_t n, char *y,
-                                      ptrdiff_t plane, const float *scale, const float *shift,
-                                      ptrdiff_t *stop)
+static inline void bn_pixels_scale(bn_pixels *p, const float *scale, const float *shift)
 {
-    (void)p, (void)x, (void)n, (void)y, (void)plane, (void)scale, (void)shift;
+    (void)p, (void)scale, (void)shift;
+}
+
+static inline ptrdiff_t bn_pixels_row(const bn_pixels *p, const uint8_t *x, ptrdiff_t n, char *y,
+                                      ptrdiff_t plane, ptrdiff_t *stop)
+{
+    (void)p, (void)x, (void)n, (void)y, (void)plane;
     return *stop = 0;
 }
 #endif
