@@ -4,7 +4,8 @@ a. y is a function of a byte and its channel, so that every way to compute it gi
 b. Pixels of up to four channels, and single channels whose pixels are that near, go through `bn_c/image.h`.
    What it leaves, and all others, go through plain loops, channel by channel: floats are computed, halves and
    bytes looked up, which is 5 times faster than converting without instructions for it.
-c. Rows of floats with their channels last on both sides are one run, with the coefficients repeated.
+c. Rows of floats with their channels last and in order on both sides are one run, with the coefficients
+   repeated: many channels, and without byte shuffles few ones too.
 """
 
 from libc.stdint cimport uint8_t, uint16_t
@@ -19,6 +20,7 @@ cdef extern from "bn_c/image.h" nogil:
         BN_HALVES
         BN_UINT8
         BN_INT8
+        BN_SHUFFLES
     void bn_pixels_plan(
         bn_pixels *plan, Py_ssize_t pixel, Py_ssize_t channel, Py_ssize_t channels, int interleaved, int type)
     void bn_pixels_scale(bn_pixels *plan, const float *scale, const float *shift)
@@ -165,7 +167,7 @@ cdef inline void normalize_images(const Images *images) noexcept nogil:
     cdef char *out
     cdef bn_pixels plan
     make_plan(images, &plan)
-    cdef bint elements = is_run_of_elements(images) and channels > 1
+    cdef bint elements = is_run_of_elements(images) and (plan.channels == 0 or not BN_SHUFFLES)
     if elements and channels <= REPEATED:
         period = REPEATED // channels * channels if channels > 16 else REPEATED // (16 * channels) * 16 * channels
         for i in range(period):

@@ -384,6 +384,8 @@ static inline ptrdiff_t bn_pixels_row(const bn_pixels *p, const uint8_t *x, ptrd
     return first;
 }
 #else
+enum { BN_SHUFFLES = 0 };
+
 static inline void bn_pixels_plan(bn_pixels *p, ptrdiff_t pixel, ptrdiff_t channel, ptrdiff_t channels,
                                   int interleaved, int type)
 {
