@@ -21,6 +21,8 @@
 #include <arm_neon.h>
 #endif
 
+#define BN_INLINE static inline __attribute__((always_inline))
+
 /* The type of y; bytes are rounded half to even and saturated. */
 enum { BN_FLOATS, BN_HALVES, BN_UINT8, BN_INT8 };
 
@@ -283,9 +285,9 @@ static inline void bn_pixels_scale(bn_pixels *p, const float *scale, const float
         }
 }
 
-static inline void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane, ptrdiff_t i,
-                                  const ptrdiff_t last, const int channels, const int interleaved,
-                                  const int type)
+/* Inlined, as are its callers, so that its last three arguments are literals. */
+BN_INLINE void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane, ptrdiff_t i,
+                              const ptrdiff_t last, const int channels, const int interleaved, const int type)
 {
     const ptrdiff_t size = type == BN_FLOATS ? 4 : type == BN_HALVES ? 2 : 1;
     const ptrdiff_t step = interleaved ? channels * size : size; /* from pixel to pixel */
@@ -294,6 +296,7 @@ static inline void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y,
     const ptrdiff_t pixel = p->pixel, low = p->low;
     bn_px_picks picks[4];
     bn_px_floats scale[4], shift[4];
+#pragma GCC unroll 4 /* or else the arrays stay in memory */
     for (int k = 0; k < fours; k++) {
         picks[k] = bn_px_picks_of(p, k);
         scale[k] = bn_px_four(p->of[k].scale);
@@ -304,6 +307,7 @@ static inline void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y,
     for (;;) {
         const bn_px_bytes loaded = bn_px_load(x + i * pixel + low, pixel);
         const bn_px_bytes pixels = interleaved ? bn_px_ordered(loaded, picks, channels) : loaded;
+#pragma GCC unroll 4
         for (int k = 0; k < fours; k++) {
             char *to = y + i * step + k * apart;
             const bn_px_floats four = bn_px_pick(pixels, picks[k], k, interleaved);
@@ -316,8 +320,8 @@ static inline void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y,
     }
 }
 
-static inline void bn_pixels_typed(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane,
-                                   ptrdiff_t first, ptrdiff_t last, const int type)
+BN_INLINE void bn_pixels_typed(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane,
+                               ptrdiff_t first, ptrdiff_t last, const int type)
 {
 #define BN_LOOP(channels, interleaved)                                                                       \
     bn_pixels_loop(p, x, y, plane, first, last, channels, interleaved, type)
