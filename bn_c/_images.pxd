@@ -1,9 +1,9 @@
 """The loops over pictures: bytes in, floats, halves or bytes out, compiled once per instruction set.
 
 a. y is a function of a byte and its channel, so that every way to compute it gives the same bits.
-b. Pixels of up to four channels, and single channels whose pixels are that near, go through `bn_c/image.h`.
-   What it leaves, and all others, go through plain loops, channel by channel: floats are computed, halves and
-   bytes looked up, which is 5 times faster than converting without instructions for it.
+b. Pixels of up to four channels, and single channels whose pixels are that near, go through `bn_c/image.h`
+   where y is a run of either. What it leaves, and all others, go through plain loops, channel by channel:
+   floats are computed, halves and bytes looked up.
 c. Rows of floats with their channels last and in order on both sides are one run, with the coefficients
    repeated: many channels, and without byte shuffles few ones too.
 """
@@ -26,6 +26,10 @@ cdef extern from "bn_c/image.h" nogil:
     void bn_pixels_scale(bn_pixels *plan, const float *scale, const float *shift)
     Py_ssize_t bn_pixels_row(
         const bn_pixels *plan, const uint8_t *x, Py_ssize_t n, char *y, Py_ssize_t plane, Py_ssize_t *stop)
+
+ctypedef fused value:
+    uint8_t
+    uint16_t
 
 cdef enum:
     HEIGHT = 1
@@ -56,15 +60,22 @@ cdef inline void scale_run(
 
 
 cdef inline void look_up_run(
-    const uint8_t *x, Py_ssize_t x_stride, char *y, Py_ssize_t y_stride, Py_ssize_t n, Py_ssize_t size, const char *table,
+    const uint8_t *x, Py_ssize_t x_stride, char *y, Py_ssize_t y_stride, Py_ssize_t n, const value *table,
 ) noexcept nogil:
+    """Four at a time, since no load may pass a store that it might depend on."""
     cdef Py_ssize_t i
-    if size == 2:
-        for i in range(n):
-            (<uint16_t *> (y + i * y_stride))[0] = (<const uint16_t *> table)[x[i * x_stride]]
-    else:
-        for i in range(n):
-            y[i * y_stride] = table[x[i * x_stride]]
+    cdef value a, b, c, d
+    for i in range(0, n - 3, 4):
+        a = table[x[i * x_stride]]
+        b = table[x[(i + 1) * x_stride]]
+        c = table[x[(i + 2) * x_stride]]
+        d = table[x[(i + 3) * x_stride]]
+        (<value *> (y + i * y_stride))[0] = a
+        (<value *> (y + (i + 1) * y_stride))[0] = b
+        (<value *> (y + (i + 2) * y_stride))[0] = c
+        (<value *> (y + (i + 3) * y_stride))[0] = d
+    for i in range(n & ~3, n):
+        (<value *> (y + i * y_stride))[0] = table[x[i * x_stride]]
 
 
 cdef inline void run_of_channel(
@@ -72,13 +83,14 @@ cdef inline void run_of_channel(
 ) noexcept nogil:
     """One channel of the pixels from `first` to `stop` of a row."""
     cdef Py_ssize_t pixel = images.x_strides[WIDTH], out_pixel = images.out_strides[WIDTH]
-    cdef Py_ssize_t size = size_of_type(images.type)
     cdef const uint8_t *source = <const uint8_t *> x + c * images.x_strides[CHANNEL] + first * pixel
     out += c * images.out_strides[CHANNEL] + first * out_pixel
     if images.type == FLOAT32:
         scale_run(source, pixel, out, out_pixel, stop - first, images.scale[c], images.shift[c])
+    elif images.type == FLOAT16:
+        look_up_run(source, pixel, out, out_pixel, stop - first, <const uint16_t *> images.table + c * 256)
     else:
-        look_up_run(source, pixel, out, out_pixel, stop - first, size, images.table + c * 256 * size)
+        look_up_run(source, pixel, out, out_pixel, stop - first, <const uint8_t *> images.table + c * 256)
 
 
 cdef inline void row_of_pixels(const Images *images, bn_pixels *plan, const char *x, char *out) noexcept nogil:

@@ -174,17 +174,8 @@ static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_p
 
 static inline void bn_px_store(char *y, char *rest, bn_px_floats v, int type, int interleaved)
 {
-    (void)rest, (void)interleaved;
-    if (type == BN_FLOATS) {
-        _mm_storeu_ps((float *)y, v);
-        return;
-    }
-    const __m128i words = _mm_cvtps_epi32(_mm_min_ps(v, _mm_set1_ps(512)));
-    const __m128i shorts = _mm_packs_epi32(words, words);
-    const __m128i bytes =
-        type == BN_UINT8 ? _mm_packus_epi16(shorts, shorts) : _mm_packs_epi16(shorts, shorts);
-    const int four = _mm_cvtsi128_si32(bytes);
-    memcpy(y, &four, 4);
+    (void)rest, (void)type, (void)interleaved;
+    _mm_storeu_ps((float *)y, v);
 }
 #elif defined(__aarch64__)
 enum { BN_STEP = 4, BN_SHUFFLES = 1 };
@@ -263,7 +254,7 @@ static inline void bn_pixels_plan(bn_pixels *p, ptrdiff_t pixel, ptrdiff_t chann
             memcpy(p->of[k].picks + 4 * i, picks, 4);
         }
 #else
-    if (high - low > 3 || type == BN_HALVES || (interleaved && type != BN_FLOATS))
+    if (high - low > 3 || type != BN_FLOATS) /* tables are no slower */
         return;
     p->low = low;
     p->reach = low + 3 + (pixel > 0 ? 3 * pixel : 0);
