@@ -2,7 +2,7 @@
 
 import sys
 import sysconfig
-from glob import glob
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -32,6 +32,8 @@ DIRECTIVES = {
     "freethreading_compatible": True,
 }
 
+INCLUDED = [str(path) for pattern in ("bn_c/*.pxd", "include/bn_c/*.h") for path in Path().glob(pattern)]
+
 machine = sysconfig.get_platform().rsplit("-", 1)[-1].replace("arm64", "aarch64")
 limited = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED")
 
@@ -43,7 +45,7 @@ def extension(module: str, source: str, flags: list[str]) -> Extension:
             f"bn_c.{module}",
             [f"bn_c/{source}.pyx"],
             include_dirs=["include"],
-            depends=["bn_c/_layout.pxd", f"bn_c/{source}.pyx", *sorted(glob("include/bn_c/*.h"))],
+            depends=[f"bn_c/{source}.pyx", *INCLUDED],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if limited else [],
             py_limited_api=limited,
         ),

@@ -6,7 +6,7 @@
 `batch_norm` uses the statistics of the mini-batch, `batch_norm_inference` given ones, `batch_stats` takes them
 alone, `BatchStats` merges them from parts, `BatchNorm` is the layer with running statistics. `load_layers` and
 `save_layers` take layers from files of other frameworks and keep them, `fold_conv` and `fold_linear` fold them into
-the layer before.
+the layer before. `ImageNormalizer` makes tensors of camera frames.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bn_c._dispatch import isa, supported_isas
 from bn_c._threads import get_num_threads, set_num_threads
 from bn_c.functional import batch_norm, batch_norm_inference, batch_stats
+from bn_c.image import ImageNormalizer
 from bn_c.layer import BatchNorm
 from bn_c.stats import BatchStats
 
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchNorm",
     "BatchStats",
+    "ImageNormalizer",
     "__version__",
     "batch_norm",
     "batch_norm_inference",

@@ -123,6 +123,21 @@ def wrong_dtype(name: str, value: NDArray[Any], integers: bool) -> Exception:
     return TypeError(f"{name}: expected {expected}, got {value.dtype}{hint}")
 
 
+def other_dtype(name: str, value: NDArray[Any], expected: np.dtype[Any]) -> TypeError:
+    """The error for a dtype that is not the one that can be."""
+    hint = ""
+    if name == "frame" and value.dtype.kind == "f":
+        hint = ": pictures are normalised from their bytes; batch_norm_inference takes floats"
+    return TypeError(f"{name}: expected {expected}, got {value.dtype}{hint}")
+
+
+def wrong_frame(sizes: Sequence[int], channels: int | str) -> ValueError:
+    """The error for what is no picture, or no batch of them, of so many channels."""
+    hint = ": for one channel pass frame[..., None]" if len(sizes) == 2 else ""
+    expected = f"shape (H, W, {channels}) or (N, H, W, {channels})"
+    return ValueError(f"frame: expected {expected}, got {shape(sizes)}{hint}")
+
+
 def share_memory(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two arrays have a byte in common; True also where that is too hard to say."""
     try:

@@ -72,3 +72,16 @@ class Parts:
     def help(self) -> None: ...
     def close(self) -> int: ...
     def wait(self) -> None: ...
+
+class Pixels:
+    channels: int
+    def __init__(
+        self,
+        linear: NDArray[np.float32],
+        table: NDArray[Any] | None,
+        dtype: np.dtype[Any],
+        linear_is_exact: bool,
+        reverse: bool,
+        channels_last: bool,
+    ) -> None: ...
+    def __call__(self, frame: NDArray[Any], out: NDArray[Any] | None, threads: int) -> NDArray[Any]: ...

@@ -16,7 +16,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
-    CHANNELS, Activation, Coefficients, Job, Kernels, Operand,
+    CHANNELS, Activation, Coefficients, Images, Job, Kernels, Operand,
     is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, size_of, take, take_channels, widest_loop,
 )
 
@@ -470,21 +470,17 @@ cdef class Parts:
     The caller takes them too. Helpers join in as they wake; when no part is left the caller closes, and waits only
     for those who have joined: whoever comes later finds it closed and touches nothing.
     """
-    cdef Work *works
     cdef readonly Py_ssize_t count
     cdef Py_ssize_t taken
     cdef Py_ssize_t state
     cdef object finished
 
     def __cinit__(self, Py_ssize_t count):
-        self.works = <Work *> PyMem_Malloc(count * sizeof(Work))
-        if self.works == NULL:
-            raise MemoryError()
         self.count = count
         self.finished = SimpleQueue()
 
-    def __dealloc__(self):
-        PyMem_Free(self.works)
+    cdef void run_part(self, Py_ssize_t index) noexcept nogil:
+        pass
 
     def work(self):
         """Runs parts until none is left."""
@@ -492,7 +488,7 @@ cdef class Parts:
         with nogil:
             index = bn_add(&self.taken, 1)
             while index < self.count:
-                run(&self.works[index])
+                self.run_part(index)
                 index = bn_add(&self.taken, 1)
 
     def help(self):
@@ -512,8 +508,24 @@ cdef class Parts:
         self.finished.get()
 
 
-cdef Parts parts_of(const Work *work, int loop, Py_ssize_t count):
-    cdef Parts parts = Parts.__new__(Parts, count)
+cdef class Works(Parts):
+    """Parts that are each a work of their own."""
+    cdef Work *works
+
+    def __cinit__(self, Py_ssize_t count):
+        self.works = <Work *> PyMem_Malloc(count * sizeof(Work))
+        if self.works == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        PyMem_Free(self.works)
+
+    cdef void run_part(self, Py_ssize_t index) noexcept nogil:
+        run(&self.works[index])
+
+
+cdef Works parts_of(const Work *work, int loop, Py_ssize_t count):
+    cdef Works parts = Works.__new__(Works, count)
     cdef Py_ssize_t length = loop_length(&work.statistics if work.task == MOMENTS else &work.job, loop)
     cdef Py_ssize_t index, start, stop
     cdef Work *part
@@ -557,7 +569,7 @@ cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -
     cdef int loop = longest_loop(job)
     cdef Py_ssize_t pieces = min(<Py_ssize_t> PIECES, size_of(job) // PIECE, loop_length(job, loop))
     cdef double[:, :, ::1] moments
-    cdef Parts parts
+    cdef Works parts
     cdef Work *part
     cdef bn_fp_state state
     work.task = MOMENTS
@@ -773,3 +785,162 @@ cdef class Layer:
             return self._forward(x, residual, mask, dtype, out)
         cdef int threads = folded.threads or _threads.get_num_threads()
         return forward(x, folded, &folded.activation, folded.axis, None, None, out, threads, 0, False, None, 0)
+
+
+# ---- pictures ---------------------------------------------------------------------------------------
+
+cdef enum:
+    HEIGHT = 1
+    WIDTH
+    CHANNEL
+
+
+cdef int take_typed(Py_buffer *view, Operand *operand, str name, array, bint writable, dtype, int type) except -1:
+    """As `take_array`, of one dtype."""
+    if array.dtype == dtype:
+        take_array(view, operand, name, array, writable, True)
+        if operand.type == type:
+            return 0
+    raise _checks.other_dtype(name, array, dtype)
+
+
+cdef void set_strides(Py_ssize_t *to, const Py_buffer *view, bint channels_last) noexcept:
+    """Of (batch, height, width, channels), whatever the order in the array, which may be without a batch."""
+    cdef int none = 4 - view.ndim
+    to[0] = 0 if none else view.strides[0]
+    to[HEIGHT] = view.strides[(1 if channels_last else 2) - none]
+    to[WIDTH] = view.strides[(2 if channels_last else 3) - none]
+    to[CHANNEL] = view.strides[(3 if channels_last else 1) - none]
+
+
+cdef void join_width(Images *images, int dim) noexcept nogil:
+    """Makes one row of a dimension and the width where each row continues the one before, in x and in out."""
+    cdef Py_ssize_t width = images.shape[WIDTH]
+    if width == 1:
+        images.x_strides[WIDTH] = images.x_strides[dim]
+        images.out_strides[WIDTH] = images.out_strides[dim]
+    elif images.x_strides[dim] != width * images.x_strides[WIDTH] \
+            or images.out_strides[dim] != width * images.out_strides[WIDTH]:
+        return
+    images.shape[WIDTH] *= images.shape[dim]
+    images.shape[dim] = 1
+
+
+cdef void run_images(const Images *images) noexcept nogil:
+    cdef bn_fp_state state
+    bn_fp_enter(&state)
+    kernels.images(images)
+    bn_fp_leave(&state)
+
+
+cdef class ImageParts(Parts):
+    """Parts of one dimension of pictures."""
+    cdef Images images
+    cdef int dim
+
+    cdef void run_part(self, Py_ssize_t index) noexcept nogil:
+        cdef Images part = self.images
+        cdef Py_ssize_t length = self.images.shape[self.dim], start = index * length // self.count
+        part.x += start * part.x_strides[self.dim]
+        part.out += start * part.out_strides[self.dim]
+        part.shape[self.dim] = (index + 1) * length // self.count - start
+        run_images(&part)
+
+
+cdef int run_images_parts(const Images *images, int threads) except -1:
+    cdef Py_ssize_t size = images.shape[0] * images.shape[HEIGHT] * images.shape[WIDTH] * images.shape[CHANNEL]
+    cdef ImageParts parts
+    cdef int dim = 0, d
+    if threads > 1 and size >= parallel_from:
+        for d in (HEIGHT, WIDTH):
+            dim = d if images.shape[d] > images.shape[dim] else dim
+        parts = ImageParts.__new__(ImageParts, min(4 * <Py_ssize_t> threads, images.shape[dim]))
+        parts.images = images[0]
+        parts.dim = dim
+        _threads.run(parts, threads)
+    elif size >= RELEASE_GIL:
+        with nogil:
+            run_images(images)
+    else:
+        run_images(images)
+    return 0
+
+
+cdef class Pixels:
+    """What becomes of the pixels of pictures with so many channels.
+
+    y = x * scale + shift, in floats, and of other dtypes table[c, x]. Without a scale there is only the table.
+    """
+    cdef readonly Py_ssize_t channels
+    cdef object dtype
+    cdef int type
+    cdef bint reverse, channels_last
+    cdef const float[:, ::1] linear
+    cdef const unsigned char[:, ::1] table
+    cdef bint in_table
+
+    def __init__(self, linear, table, dtype, bint linear_is_exact, bint reverse, bint channels_last):
+        self.linear = linear
+        self.channels = linear.shape[1]
+        self.dtype = dtype
+        self.type = type_code(dtype.char.encode())
+        self.table = None if table is None else table.view(np.uint8)
+        self.in_table = not linear_is_exact
+        self.reverse = reverse
+        self.channels_last = channels_last
+
+    cdef tuple out_shape(self, const Py_buffer *x):
+        batch = tuple([x.shape[d] for d in range(x.ndim - 3)])
+        height, width, channels = x.shape[x.ndim - 3], x.shape[x.ndim - 2], x.shape[x.ndim - 1]
+        return batch + ((height, width, channels) if self.channels_last else (channels, height, width))
+
+    cdef int set_images(self, Images *images, const Py_buffer *x, const Py_buffer *out) except -1:
+        cdef int d
+        images.shape[0] = x.shape[0] if x.ndim == 4 else 1
+        for d in range(HEIGHT, 4):
+            images.shape[d] = x.shape[x.ndim - 4 + d]
+        images.x = <const char *> x.buf
+        images.out = <char *> out.buf
+        set_strides(images.x_strides, x, True)
+        set_strides(images.out_strides, out, self.channels_last)
+        if self.reverse:
+            images.x += (self.channels - 1) * images.x_strides[CHANNEL]
+            images.x_strides[CHANNEL] = -images.x_strides[CHANNEL]
+        images.type = self.type
+        images.scale = &self.linear[0, 0]
+        images.shift = &self.linear[1, 0]
+        images.in_table = self.in_table
+        images.table = NULL if self.table is None else <const char *> &self.table[0, 0]
+        join_width(images, HEIGHT)
+        if images.shape[HEIGHT] == 1:
+            join_width(images, 0)
+        return 0
+
+    def __call__(self, frame, out, int threads):
+        """(H, W, C) or (N, H, W, C), normalised; `out` or a new array."""
+        cdef Arrays arrays
+        cdef Operand operand
+        cdef Images images
+        memset(&arrays, 0, sizeof(arrays))
+        try:
+            take_typed(&arrays.x, &operand, "frame", frame, False, np.dtype(np.uint8), UINT8)
+            if arrays.x.ndim not in (3, 4) or arrays.x.shape[arrays.x.ndim - 1] != self.channels:
+                raise _checks.wrong_frame([arrays.x.shape[d] for d in range(arrays.x.ndim)], self.channels)
+            shape = self.out_shape(&arrays.x)
+            given = out is not None
+            if not given:
+                out = np.empty(shape, self.dtype)
+            take_typed(&arrays.out, &operand, "out", out, True, self.dtype, self.type)
+            got = tuple([arrays.out.shape[d] for d in range(arrays.out.ndim)])
+            if got != shape:
+                raise ValueError(f"out: expected shape {_checks.shape(shape)}, got {_checks.shape(got)}")
+            if arrays.out.len > 0:
+                if given:
+                    no_self_overlap(&arrays.out)
+                    if _checks.share_memory(frame, out):
+                        raise ValueError("out: expected memory apart from that of frame, got an overlap with it")
+                self.set_images(&images, &arrays.x, &arrays.out)
+                run_images_parts(&images, threads)
+        finally:
+            release(&arrays)
+        return out

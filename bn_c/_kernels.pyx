@@ -30,6 +30,7 @@ from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
     Activation, Coefficients, Job, Kernels, Operand, magnitude,
 )
+from bn_c._images cimport normalize_images
 
 cdef extern from "bn_c/half.h" nogil:
     bint BN_CONVERTS_HALVES
@@ -1016,5 +1017,5 @@ cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double e
     k.wide = wide
 
 
-cdef Kernels kernels = Kernels(streams=BN_STREAMS, normalize=normalize, moments=moments, fold=fold)
+cdef Kernels kernels = Kernels(streams=BN_STREAMS, normalize=normalize, moments=moments, fold=fold, images=normalize_images)
 table = PyCapsule_New(&kernels, "bn_c.kernels", NULL)

@@ -68,12 +68,26 @@ cdef struct Job:
     Coefficients coefficients
     Activation activation
 
+# Pictures of bytes, (batch, height, width, channels); y = x * scale + shift, or table[c][x].
+cdef struct Images:
+    Py_ssize_t[4] shape
+    const char *x
+    Py_ssize_t[4] x_strides
+    char *out
+    Py_ssize_t[4] out_strides
+    int type                        # of out
+    const float *scale
+    const float *shift
+    bint in_table                   # scale and shift do not give what is in the table
+    const char *table               # 256 values for each channel; none of floats
+
 # The loops of one instruction set.
 cdef struct Kernels:
     bint streams                    # it has stores that go past the caches
     void (*normalize)(const Job *job) noexcept nogil
     Py_ssize_t (*moments)(const Job *job, double *mean, double *m2) noexcept nogil
     void (*fold)(Coefficients *coefficients, Py_ssize_t channels, const double *var, double eps) noexcept nogil
+    void (*images)(const Images *images) noexcept nogil
 
 
 cdef inline Py_ssize_t magnitude(Py_ssize_t stride) noexcept nogil:

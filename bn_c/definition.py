@@ -20,3 +20,9 @@ def normalized(
     channels_last = x.swapaxes(axis, -1)
     y: NDArray[Any] = (channels_last - mean) / (var + eps) ** 0.5 * gamma + beta
     return y.swapaxes(axis, -1)
+
+
+def pixels(x: NDArray[Any], mean: Any, std: Any, scale: float) -> NDArray[Any]:
+    """Pictures normalised, their channels last."""
+    y: NDArray[Any] = (x * scale - mean) / std
+    return y

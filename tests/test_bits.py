@@ -106,8 +106,30 @@ def results(x, axis, choice, num_threads):
     yield from (stats.mean, stats.var)
 
 
+# Frames of every way through the loops: several threads' pixels, an alpha that is skipped, flips, planes.
+FRAMES = {
+    "pixels": lambda c: numbers(1, (max(31, 900 // c), 301, c), "u1"),
+    "crop": lambda c: numbers(2, (21, 37, c + 1), "u1")[3:, 5:, :c],
+    "flip": lambda c: numbers(3, (2, 11, 67, c), "u1")[:, ::-1, ::-1],
+    "planes": lambda c: numbers(4, (c, 11, 67), "u1").transpose(1, 2, 0),
+}
+QUANT = {"float32": None, "float16": None, "uint8": (0.25, 113), "int8": (3 / 128, -7)}
+
+
+def pictures(num_threads):
+    """Of every dtype and layout."""
+    for channels, name in itertools.product([1, 2, 3, 4, 5, 67], FRAMES):
+        frame = FRAMES[name](channels)
+        mean, std = numbers(5, channels, "f8"), (integers(6, channels) % 4096 + 1) / 2048
+        for layout, reverse, dtype in itertools.product(["NCHW", "NHWC"], [False, True], QUANT):
+            options = {"layout": layout, "reverse_channels": reverse, "dtype": dtype, "quant": QUANT[dtype]}
+            yield bn_c.ImageNormalizer(mean, std, **options, num_threads=num_threads)(frame)
+
+
 def digest(num_threads=1):
     total = hashlib.sha256()
+    for result in pictures(num_threads):
+        total.update(bits(result))
     for x, axis, choice in inputs():
         for result in results(x, axis, choice, num_threads):
             total.update(bits(result))
