@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 import bn_c
 from bn_c import definition
+from bn_c.commands import output, positive
 
 Array = NDArray[Any]
 Call = Callable[[], Any]
@@ -591,35 +592,17 @@ def _tick(case: Case) -> str:
 # The command.
 
 
-def _threads(text: str) -> int:
-    try:
-        threads = int(text)
-    except ValueError:
-        threads = 0
-    if threads < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return threads
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    # Known before the measuring rather than after it.
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
-    return path
-
-
 def _picture(text: str) -> Path:
     if _module("matplotlib") is None:
         raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib")
-    return _file(text)
+    return output(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bn-c bench`."""
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, under 20 seconds on a PC")
-    parser.add_argument("--threads", type=_threads, default=1, metavar="N", help="threads of each contender (1)")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each contender (1)")
+    parser.add_argument("--json", type=output, metavar="FILE", help="write all that was measured")
     parser.add_argument("--plot", type=_picture, metavar="FILE.png", help="write a picture (needs matplotlib)")
 
 

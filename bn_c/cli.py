@@ -1,16 +1,21 @@
-"""The command line: `bn-c demo`, `bn-c info`, `bn-c bench`."""
+"""The command line: `bn-c demo`, `info`, `bench`, `run`, `stats`, `image`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import bn_c
 from bn_c import bench
+from bn_c.commands import CommandError, image, run, stats
 
 BENCH_EXAMPLE = "bn-c bench --quick --plot bench.png"
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def _demo(_: argparse.Namespace) -> None:
@@ -27,34 +32,64 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bn-c", description="Batch normalization, forward, on the CPU.")
     parser.add_argument("--version", action="version", version=f"bn-c {bn_c.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, run, summary, example in (
-        ("demo", _demo, "a small network on handwritten digits, before and after its sensor drifts", "bn-c demo"),
-        ("info", _info, "version, instruction sets, threads, NumPy and Python", "BN_C_MAX_ISA=x86_64 bn-c info"),
-        ("bench", bench.main, "time and error here, against NumPy and what else is installed", BENCH_EXAMPLE),
+    for name, main, module, summary, example in (
+        ("demo", _demo, None, "a small network on handwritten digits, before and after its sensor drifts", "bn-c demo"),
+        ("info", _info, None, "version, instruction sets, threads, NumPy and Python", "BN_C_MAX_ISA=x86_64 bn-c info"),
+        ("bench", bench.main, bench, "time and error here, against NumPy and what else is installed", BENCH_EXAMPLE),
+        ("run", run.main, run, "normalises an array in a file, however large", run.EXAMPLE),
+        ("stats", stats.main, stats, "mean and std of each channel of pictures or arrays, as JSON", stats.EXAMPLE),
+        ("image", image.main, image, "a picture as the tensor that a network takes", image.EXAMPLE),
     ):
-        description = f"{summary.capitalize()}."
+        description = f"{summary[0].upper()}{summary[1:]}."
         command = commands.add_parser(name, help=summary, description=description, epilog=f"example: {example}")
-        command.set_defaults(run=run)
-        if name == "bench":
-            bench.add_arguments(command)
+        command.set_defaults(run=main, fail=command.error)
+        if module is not None:
+            module.add_arguments(command)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns its exit status. Bad use is one line on stderr and status 2."""
-    options = _parser().parse_args(arguments)
-    status = 0
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """SIGTERM and SIGHUP, unless ignored, leave as Ctrl-C does: through all that cleans up."""
+
+    def leave(number: int, _: Any) -> NoReturn:
+        sys.exit(128 + number)
+
+    signals = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for each in signals:
+        signal.signal(each, leave)
     try:
-        status = options.run(options) or 0
-        sys.stdout.flush()
+        yield
+    finally:
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _drop_output() -> None:
+    """What Python still wants to flush goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status. Bad use, and work that cannot be done, is one line and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        with _unwinding():
+            status = options.run(options) or 0
+            sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of a pipe left; what Python still wants to flush goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return status
+        _drop_output()  # the reader of a pipe left
+        status = 0
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except (CommandError, OSError, MemoryError) as error:
+        _drop_output()
+        options.fail(str(error) or "out of memory")
+    return int(status)
