@@ -89,7 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         status = 0
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except (CommandError, OSError, MemoryError) as error:
-        _drop_output()
+    except OSError as error:
+        _drop_output()  # it may be what could not be written
+        options.fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except (CommandError, MemoryError) as error:
         options.fail(str(error) or "out of memory")
     return int(status)

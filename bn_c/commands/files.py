@@ -4,15 +4,13 @@ a. A file is read, not mapped: pages of a map count as resident memory, and a ma
    kills the process. Reading in order also takes the members of .npz files, compressed or not.
 b. Whatever its rank, order and axis, an array is a sequence of `outer` samples of `channels` planes of `inner`
    elements: one in Fortran order is that of the reversed shape.
-c. What is written has another name, in the same folder, until it is whole and on the disk.
+c. A file appears when it is whole and on the disk, or not at all.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
-import secrets
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +23,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 import bn_c
-from bn_c import _checks
+from bn_c import _checks, _files
 from bn_c.commands import CommandError
 
 BLOCK = 1 << 22  # elements of a block: enough for threads, little for a small board
@@ -202,27 +200,20 @@ def _blocks(outer: int, channels: int, inner: int) -> Iterator[Block]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose bytes are in the file of that name once all of them are on the disk, or never.
-
-    Killed in between, a process leaves at most `.bn-c-*.partial` beside it.
-    """
-    target = Path(os.path.realpath(path))
-    partial = target.with_name(f".bn-c-{secrets.token_hex(8)}.partial")
+    """As `bn_c._files.replacing`, which leaves the old file, or none, unless the new one is whole."""
     try:
-        with partial.open("xb") as stream:
+        with _files.replacing(path) as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(target)
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def array_writer(path: Path, member: str | None, like: ArrayFile, dtype: np.dtype[Any]) -> Iterator[IO[bytes]]:
-    """A stream for the elements of an array of that dtype, in the shape and order of another one."""
+    """A stream for the elements of an array of that dtype, in the shape and order of another one.
+
+    It makes a .npy file, or a .npz file with one `member`.
+    """
     header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": like.fortran, "shape": like.shape}
     with replacing(path) as stream:
         if member is None:
@@ -231,7 +222,7 @@ def array_writer(path: Path, member: str | None, like: ArrayFile, dtype: np.dtyp
             return
         with (
             zipfile.ZipFile(stream, "w") as archive,
-            archive.open(zipfile.ZipInfo(f"{member}.npy"), "w", force_zip64=True) as inside,
+            archive.open(zipfile.ZipInfo(member), "w", force_zip64=True) as inside,
         ):
             npy.write_array_header_1_0(inside, header)
             yield inside

@@ -40,11 +40,10 @@ class Parameters:
         return bn_c.batch_norm_inference(x, mean, var, gamma, beta, eps=self.eps, activation=self.activation, **options)
 
 
-def _target(text: str) -> tuple[Path, str | None]:
-    path, member = files.split(text, ".npz")
-    if path.suffix.lower() not in (".npy", ".npz"):
-        raise argparse.ArgumentTypeError(f"expected FILE.npy, FILE.npz or FILE.npz:NAME, got {text!r}")
-    return output(str(path)), member
+def _target(text: str) -> Path:
+    if not text.lower().endswith((".npy", ".npz")):
+        raise argparse.ArgumentTypeError(f"expected FILE.npy or FILE.npz, got {text!r}")
+    return output(text)
 
 
 def _activation(text: str) -> Any:
@@ -63,11 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("x", metavar="X", help="FILE.npy, or FILE.npz:NAME (FILE.npz if it has one array)")
     parser.add_argument(
-        "-o", "--output", type=_target, required=True, metavar="Y", help="FILE.npy, or FILE.npz:NAME (a new archive)"
+        "-o",
+        "--output",
+        type=_target,
+        required=True,
+        metavar="Y",
+        help="FILE.npy, or FILE.npz for an archive of one array",
     )
     parser.add_argument("--layer", metavar="FILE:NAME", help="a layer of a .npz, .safetensors or .onnx file")
     for name, what in (("gamma", "scale"), ("beta", "shift"), ("mean", "mean"), ("var", "variance")):
-        parser.add_argument(f"--{name}", metavar="FILE", help=f"the {what} of each channel, as X")
+        parser.add_argument(f"--{name}", metavar="FILE", help=f"the {what} of each channel: FILE.npy or FILE.npz:NAME")
     parser.add_argument("--eps", type=float, help="added to the variance (the layer's, or 1e-5)")
     parser.add_argument("--axis", type=int, help="where X has its channels (the layer's, or 1)")
     parser.add_argument("--dtype", choices=("float32", "float16"), help="of Y (X's own, float32 for integers)")
@@ -90,7 +94,7 @@ def _layer(options: argparse.Namespace) -> bn_c.BatchNorm | None:
         raise CommandError(f"--layer: {error}") from error
     if name is None and len(layers) == 1:
         return next(iter(layers.values()))
-    if name not in layers:
+    if name is None or name not in layers:
         got = "none" if name is None else repr(name)
         raise CommandError(f"--layer: expected FILE:NAME, NAME one of {', '.join(layers) or 'no layers'}, got {got}")
     return layers[name]
@@ -142,9 +146,7 @@ def main(options: argparse.Namespace) -> None:
     axis = options.axis if options.axis is not None else 1 if layer is None else layer.axis
     parameters = _parameters(options, layer, x.channels(axis))
     dtype = _checked(parameters, x, axis, options.dtype)
-    path, member = options.output
-    if member is None and path.suffix.lower() == ".npz":
-        member = x.member.removesuffix(".npy") if x.member else "y"
+    member = (x.member or "y.npy") if options.output.suffix.lower() == ".npz" else None
     passes = 1 if parameters.mean is not None else 2
     with progress(passes * x.size * x.dtype.itemsize, "B", scale=True) as tell:
         if parameters.mean is None:
@@ -152,7 +154,7 @@ def main(options: argparse.Namespace) -> None:
             if stats.count == 0:
                 raise CommandError(f"{x.name}: expected at least one element per channel, got shape {x.shape}")
             parameters = replace(parameters, mean=stats.mean, var=stats.var)
-        with files.array_writer(path, member, x, dtype) as stream:
+        with files.array_writer(options.output, member, x, dtype) as stream:
             for block, values in x.blocks(axis):
                 y = parameters.normalize(values, block.channels, dtype=dtype, num_threads=options.threads)
                 stream.write(y.data)

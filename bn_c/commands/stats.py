@@ -127,12 +127,21 @@ def _leave_with_parent() -> None:
 
 def cluster(batches: Sequence[list[str]], axis: int, address: str) -> AllResults:
     """Measures on the workers of a Dask cluster, which have bn_c and the same files."""
+    import asyncio
+
     distributed = extra("distributed", "dask")
+    security = distributed.Security()  # as Dask's configuration has it
+
+    async def knock() -> None:
+        # A Client that finds nobody takes half a minute to go, and prints a traceback.
+        arguments = security.get_connection_args("client")
+        (await distributed.core.connect(address, timeout=CONNECTING, **arguments)).abort()
+
     try:
-        client = distributed.Client(address, timeout=CONNECTING, set_as_default=False)
+        asyncio.run(knock())
     except (OSError, TypeError, ValueError) as error:
         raise CommandError(f"--dask: no scheduler at {address!r} ({error})") from error
-    with client:
+    with distributed.Client(address, timeout=CONNECTING, security=security, set_as_default=False) as client:
         for future in client.map(partial(measured, axis=axis), batches, pure=False):
             yield future.result()
 
