@@ -151,7 +151,7 @@ def main(options: argparse.Namespace) -> None:
     with progress(passes * x.size * x.dtype.itemsize, "B", scale=True) as tell:
         if parameters.mean is None:
             stats = x.statistics(axis, options.threads, tell)
-            if stats.count == 0:
+            if stats.count == 0 and stats.num_features > 0:
                 raise CommandError(f"{x.name}: expected at least one element per channel, got shape {x.shape}")
             parameters = replace(parameters, mean=stats.mean, var=stats.var)
         with files.array_writer(options.output, member, x, dtype) as stream:
