@@ -17,7 +17,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     only within a file system can it be moved in one step.
     """
     path = path.resolve()
-    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
+    temporary = path.with_name(f".bn_c-{os.urandom(8).hex()}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -100,8 +101,12 @@ def processes(batches: Sequence[list[str]], axis: int, jobs: int) -> AllResults:
     from multiprocessing import get_context
 
     with ProcessPoolExecutor(min(jobs, len(batches)), get_context("spawn"), _leave_with_parent) as pool:
+        # Inherited by the processes, so that Ctrl-C finds none of them on its way to `_leave_with_parent`.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        results = pool.map(partial(measured, axis=axis), batches)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            yield from pool.map(partial(measured, axis=axis), batches)
+            yield from results
         except BrokenProcessPool as error:
             raise CommandError("a process ended unexpectedly, perhaps for lack of memory") from error
         finally:
@@ -111,10 +116,10 @@ def processes(batches: Sequence[list[str]], axis: int, jobs: int) -> AllResults:
 def _leave_with_parent() -> None:
     """Ends a process at Ctrl-C without a word, and when the one that started it was killed."""
     from multiprocessing import parent_process
-    from signal import SIG_DFL, SIGINT, signal
     from threading import Thread
 
-    signal(SIGINT, SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def wait() -> None:
         parent = parent_process()
