@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _unwinding():
             status = options.run(options) or 0
-            sys.stdout.flush()
+            print(end="", flush=True)
     except BrokenPipeError:
         _drop_output()  # the reader of a pipe left
         status = 0

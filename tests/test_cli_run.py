@@ -136,24 +136,24 @@ def test_in_place(folder):
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.skipif(not hasattr(bn_c, "load_layers"), reason="no load_layers yet")
 @pytest.mark.parametrize("name", ["block1.bn", None])
 def test_layers(folder, rng, capsys, name):
     x = np.load(folder / "x.npy").transpose(0, 2, 1).copy()
     np.save(folder / "x.npy", x)
     layers = {"block1.bn": bn_c.BatchNorm(3, eps=0.25, axis=-1, activation="relu")}
     if name:
-        layers["block2"] = bn_c.BatchNorm(4)
+        layers["block2"] = bn_c.BatchNorm(4, axis=-1)
     layers["block1.bn"].train()(x)
     bn_c.save_layers(folder / "model.npz", layers)
     layer = f"{folder}/model.npz" + (f":{name}" if name else "")
     assert call("run", folder / "x.npy", "-o", folder / "y.npy", "--layer", layer) == 0
     assert oracle.bits(np.load(folder / "y.npy")) == oracle.bits(layers["block1.bn"].eval()(x))
-    for wrong in (f"{folder}/model.npz:block3", f"{folder}/text.npy", f"{folder}/no.npz:a", f"{folder}/cut.npz:a"):
-        assert call("run", folder / "x.npy", "-o", folder / "z.npy", "--layer", wrong) == 2
+    bn_c.save_layers(folder / "other.npz", {"four": bn_c.BatchNorm(4, axis=-1)})
+    for wrong in ("model.npz:block3", "text.npy", "no.npz:a", "cut.npz:a", "other.npz:four"):
+        assert call("run", folder / "x.npy", "-o", folder / "z.npy", "--layer", folder / wrong) == 2
     assert call("run", folder / "x.npy", "-o", folder / "z.npy", "--layer", layer, "--eps", -1) == 2
     assert call("run", folder / "x.npy", "-o", folder / "z.npy", "--layer", layer, "--mean", folder / "three.npy") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 6
+    assert len(capsys.readouterr().err.splitlines()) == 7
     assert not (folder / "z.npy").exists()
 
 
@@ -316,10 +316,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(300, 4, 250, 250), (1, 4, 18_750_000), (18_750_000, 4), (1, 75_000, 1000)])
+@pytest.mark.parametrize("shape", [(10_000_000, 4), (1, 40_000, 1000), (1, 4, 10_000_000)])
 def test_memory_does_not_grow_with_the_array(tmp_path, shape):
+    # 160 MB become 80 MB.
     x = sparse(tmp_path / "x.npy", shape)
     command = [sys.executable, "-c", PEAK, "run", x, "-o", tmp_path / "y.npy", "--dtype", "float16"]
     peak = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ELSEWHERE).stdout
-    assert int(peak) < 150_000
+    assert int(peak) < 120_000
     assert (tmp_path / "y.npy").stat().st_size > x.stat().st_size // 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -139,9 +140,11 @@ def split(name: str, *suffixes: str) -> tuple[Path, str | None]:
 
 @contextmanager
 def telling(name: str) -> Iterator[None]:
-    """Makes whatever a broken file raises, which may be anything, a line that names it."""
+    """Makes whatever a broken file raises, which may be anything, a line that names it; drops warnings."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except CommandError:
         raise
     except Exception as error:

@@ -134,7 +134,7 @@ def _checked(parameters: Parameters, x: ArrayFile, axis: int, dtype: Any) -> np.
     if parameters.mean is None:
         parameters = replace(parameters, mean=np.zeros(channels), var=np.zeros(channels))
     try:
-        return parameters.normalize(np.empty((0, channels, 1), x.dtype), slice(0, channels), dtype=dtype).dtype
+        return parameters.normalize(np.empty((0, channels, 1), x.dtype), slice(None), dtype=dtype).dtype
     except (TypeError, ValueError) as error:
         raise CommandError(f"{x.name}: {error}" if str(error).startswith("x: ") else str(error)) from error
 

@@ -39,7 +39,9 @@ class Measured:
     stats: bn_c.BatchStats
     scale: float
 
-    def __str__(self) -> str:
+    @property
+    def kind(self) -> str:
+        """What it has to have in common with others to be merged."""
         return f"{self.stats.num_features} channels of {'bytes' if self.scale != 1 else 'numbers that are no bytes'}"
 
 
@@ -148,7 +150,12 @@ def cluster(batches: Sequence[list[str]], axis: int, address: str) -> AllResults
         raise CommandError(f"--dask: no scheduler at {address!r} ({error})") from error
     with distributed.Client(address, timeout=CONNECTING, security=security, set_as_default=False) as client:
         for future in client.map(partial(measured, axis=axis), batches, pure=False):
-            yield future.result()
+            try:
+                yield future.result()
+            except CommandError:
+                raise
+            except Exception as error:  # a worker without bn_c, lost workers, a lost scheduler ...
+                raise CommandError(f"--dask: {type(error).__name__}: {error}") from error
 
 
 def merged(results: AllResults, report: Callable[[str], None], tell: Callable[[int], object]) -> Measured:
@@ -160,8 +167,8 @@ def merged(results: AllResults, report: Callable[[str], None], tell: Callable[[i
                 report(one)
             elif total is None:
                 total = one
-            elif str(one) != str(total):
-                report(f"{one.file}: expected {total} as in {total.file}, got {one}")
+            elif one.kind != total.kind:
+                report(f"{one.file}: expected {total.kind} as in {total.file}, got {one.kind}")
             else:
                 total.stats.merge(one.stats)
         tell(len(batch))
@@ -211,7 +218,7 @@ def main(options: argparse.Namespace) -> int:
             total = merged(results, report, tell)
     finally:
         for problem in left_out:
-            print(f"left out: {problem}", file=sys.stderr)
+            print("left out:", *problem.split(), file=sys.stderr)
     mean, std = ((total.scale * values).tolist() for values in (total.stats.mean, total.stats.std))
     print(json.dumps({"mean": mean, "std": std, "scale": total.scale, "count": total.stats.count}))
     return 1 if left_out else 0
