@@ -1,5 +1,6 @@
 """Ways to run `bn-c`."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,19 @@ from bn_c import cli
 ELSEWHERE = Path(bn_c.__file__).parents[1]
 
 
+def default_signals():
+    """As a shell starts a command, also where the tests were started in the background or with nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*arguments, **options):
     """`bn-c` as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "bn_c", *map(str, arguments)],
         text=True,
         cwd=ELSEWHERE,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": default_signals, **options},
     )
 
 

@@ -269,7 +269,11 @@ def test_killed_at_any_moment(monkeypatch, tmp_path):
     def started():
         child = os.fork()  # a process whose start takes no time
         if child == 0:
-            os._exit(call("run", x, "-o", target))
+            status = 1
+            try:
+                status = call("run", x, "-o", target)
+            finally:
+                os._exit(status)
         return child
 
     durations = []
