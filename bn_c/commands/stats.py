@@ -16,6 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,11 +26,15 @@ from bn_c.commands import CommandError, extra, positive, progress
 from bn_c.commands.files import ArrayFile
 from bn_c.commands.image import decoded
 
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
 EXAMPLE = "bn-c stats photos/ --jobs 4 > stats.json"
 PICTURES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAYS = (".npy",)
 BATCH = 16  # files that a process or worker is given at a time
 CONNECTING = 10  # seconds
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -102,35 +108,33 @@ def processes(batches: Sequence[list[str]], axis: int, jobs: int) -> AllResults:
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(min(jobs, len(batches)), get_context("spawn"), _leave_with_parent) as pool:
-        # Inherited by the processes, so that Ctrl-C finds none of them on its way to `_leave_with_parent`.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        results = pool.map(partial(measured, axis=axis), batches)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    context = get_context("spawn")
+    theirs, ours = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(min(jobs, len(batches)), context, _leave_with, (theirs,)) as pool:
+        # Until the processes, which inherit this, have come to `_leave_with`, and all of them are started.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
+            results = pool.map(partial(measured, axis=axis), batches)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield from results
         except BrokenProcessPool as error:
             raise CommandError("a process ended unexpectedly, perhaps for lack of memory") from error
         finally:
+            ours.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _leave_with_parent() -> None:
-    """Ends a process at Ctrl-C without a word, and when the one that started it was killed."""
-    from multiprocessing import parent_process
-    from threading import Thread
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+def _leave_with(parent: Connection) -> None:
+    """Ends a process at Ctrl-C without a word, and at once when the parent closes its end, or is killed."""
 
     def wait() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
+        parent.poll(None)
         os._exit(1)
 
     Thread(target=wait, daemon=True).start()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def cluster(batches: Sequence[list[str]], axis: int, address: str) -> AllResults:
