@@ -25,7 +25,7 @@ def run(code, **environment):
     path = str(Path(bn_c.__file__).parents[1])
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**inherited, "PYTHONPATH": path, **environment},
+        env={**inherited, "PYTHONPATH": os.pathsep.join([path, *filter(None, sys.path)]), **environment},
         cwd=path,  # not where a source tree may shadow what is installed
         capture_output=True,
         text=True,

@@ -17,6 +17,7 @@ from oracle import bits
 from processes import SECONDS, isolated, output, run
 
 import bn_c
+from bn_c import _threads
 
 GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -70,6 +71,7 @@ def test_eight_threads_share_layers_and_inputs(thorough):
 
 X = np.linspace(-3, 3, 3 * 5 * 150 * 151, dtype="f4").reshape(3, 5, 150, 151)
 LAYER = bn_c.BatchNorm(5, num_threads=2)
+_threads._cpus = lambda: 4  # in the workers too, whatever the machine has
 
 
 def statistics_of(part):
@@ -117,6 +119,11 @@ def fork_inside_calls():
     stop.set()
     for thread in threads:
         thread.join(SECONDS)
+    assert_same(expected)
+    isolated(assert_same, expected)  # the parent's threads are idle now
+
+
+def assert_same(expected):
     assert (bits(LAYER(X)), bn_c.batch_stats(X, num_threads=2)) == expected
 
 
@@ -164,6 +171,7 @@ thread.join()
 def test_the_end_of_the_interpreter(ending):
     code = """
 import sys, threading, time, numpy as np, bn_c
+bn_c._threads._cpus = lambda: 4
 x = np.linspace(-3, 3, 600_000, dtype="f4").reshape(2, 30, 100, 100)
 layer = bn_c.BatchNorm(30, num_threads=2)
 stats = bn_c.batch_stats(x)
@@ -209,6 +217,32 @@ def interrupted(num_threads):
         assert np.array_equal(y, before), "still being written"
         assert ((y == 7) | (y == expected)).all()
         assert bits(layer(X)) == bits(LAYER(X))
+
+
+def interrupted_between_parts():
+    """Parts that other threads have begun end before the interrupt is seen."""
+    begun, ended = [], []
+
+    def part():
+        begun.append(1)
+        time.sleep(0.2)
+        ended.append(1)
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    caught = False
+    try:
+        _threads.run([part] * 8, 4)
+    except KeyboardInterrupt:
+        caught = True
+    counts = len(begun), len(ended)
+    time.sleep(0.5)
+    assert caught
+    assert counts == (len(begun), len(ended)) == (8, 7)  # one was that of the thread that was interrupted
+
+
+def test_interrupt_between_parts():
+    isolated(interrupted_between_parts)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
