@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bn_c
-from bn_c import _dispatch, _threads
+from bn_c import _core, _dispatch, _threads
 
 
 def pytest_addoption(parser):
@@ -17,8 +17,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes where the CPU is emulated")
     # A kernel or a conversion that overflows on its way to a right result would warn.
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
-    # A call uses no more threads than there are CPUs: with one alone, no test of threads would have any.
+    # A call uses no more threads than there are CPUs, and for large arrays alone: no test of threads would have any.
     _threads._cpus = lambda: 4
+    _core.wake_threads_from(1)
     if find_spec("hypothesis"):
         load_profile(config.getoption("--thorough"))
 

@@ -111,6 +111,7 @@ def test_setting_the_number_of_threads():
 THREADED_CALL = """
 import sys, numpy as np, bn_c
 bn_c._threads._cpus = lambda: 2
+bn_c._core.wake_threads_from(1)
 x = np.arange(600_000, dtype="f4").reshape(2, 30, 100, 100)
 expected = bn_c.batch_norm(x, num_threads=1).tobytes()
 def right():

@@ -17,7 +17,7 @@ from oracle import bits
 from processes import SECONDS, isolated, output, run
 
 import bn_c
-from bn_c import _threads
+from bn_c import _core, _threads
 
 GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -72,6 +72,7 @@ def test_eight_threads_share_layers_and_inputs(thorough):
 X = np.linspace(-3, 3, 3 * 5 * 150 * 151, dtype="f4").reshape(3, 5, 150, 151)
 LAYER = bn_c.BatchNorm(5, num_threads=2)
 _threads._cpus = lambda: 4  # in the workers too, whatever the machine has
+_core.wake_threads_from(1)
 
 
 def statistics_of(part):
