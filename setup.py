@@ -32,7 +32,7 @@ DIRECTIVES = {
     "freethreading_compatible": True,
 }
 
-INCLUDED = [str(path) for pattern in ("bn_c/*.pxd", "include/bn_c/*.h") for path in Path().glob(pattern)]
+INCLUDED = sorted(map(str, [*Path("bn_c").glob("*.pxd"), *Path("include/bn_c").glob("*.h")]))
 
 machine = sysconfig.get_platform().rsplit("-", 1)[-1].replace("arm64", "aarch64")
 limited = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED")

@@ -293,22 +293,22 @@ BN_INLINE void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y, ptr
         scale[k] = bn_px_four(p->of[k].scale);
         shift[k] = bn_px_four(p->of[k].shifted);
     }
-    /* The second step begins where stores are aligned. */
-    ptrdiff_t ahead = BN_STEP - (interleaved ? 0 : (ptrdiff_t)((uintptr_t)(y + i * size) / size % BN_STEP));
-    for (;;) {
-        const bn_px_bytes loaded = bn_px_load(x + i * pixel + low, pixel);
-        const bn_px_bytes pixels = interleaved ? bn_px_ordered(loaded, picks, channels) : loaded;
+    /* A first step, those where stores are aligned, and a last one: they overlap. */
+    const ptrdiff_t ahead =
+        BN_STEP - (interleaved ? 0 : (ptrdiff_t)((uintptr_t)(y + i * size) / size % BN_STEP));
+    const ptrdiff_t from[3] = {i, i + ahead, last}, to[3] = {i + 1, last, last + 1};
+    for (int part = 0; part < 3; part++)
+        for (i = from[part]; i < to[part]; i += BN_STEP) {
+            const bn_px_bytes loaded = bn_px_load(x + i * pixel + low, pixel);
+            const bn_px_bytes pixels = interleaved ? bn_px_ordered(loaded, picks, channels) : loaded;
 #pragma GCC unroll 4
-        for (int k = 0; k < fours; k++) {
-            char *to = y + i * step + k * apart;
-            const bn_px_floats four = bn_px_pick(pixels, picks[k], k, interleaved);
-            bn_px_store(to, to + 4 * step, bn_px_scaled(four, scale[k], shift[k]), type, interleaved);
+            for (int k = 0; k < fours; k++) {
+                char *first = y + i * step + k * apart;
+                const bn_px_floats four = bn_px_pick(pixels, picks[k], k, interleaved);
+                bn_px_store(first, first + 4 * step, bn_px_scaled(four, scale[k], shift[k]), type,
+                            interleaved);
+            }
         }
-        if (i == last)
-            return;
-        i = i + ahead < last ? i + ahead : last;
-        ahead = BN_STEP;
-    }
 }
 
 BN_INLINE void bn_pixels_typed(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane,
