@@ -48,7 +48,6 @@ def many_threads(seconds):
         for k, layer in enumerate(layers)
     }
     wrong, until = [], time.monotonic() + seconds
-    before = threading.active_count()
     threads = [
         threading.Thread(target=one_of_many, args=(layers, inputs, expected, wrong, until, n), daemon=True)
         for n in range(8)
