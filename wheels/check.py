@@ -1,11 +1,17 @@
-"""Checks wheels, each by itself: python wheels/check.py WHEEL...
+"""Checks wheels.
 
-Tags and the libraries they allow, size, contents, version, and that no instruction which the oldest CPU lacks is
-outside the modules chosen at run time. Needs pyelftools and llvm-objdump. The exit status is 1 if anything is wrong.
+    python wheels/check.py [WHEEL...]
+
+Each by itself: tags and the libraries they allow, size, contents, version, and that no instruction which the oldest
+CPU lacks is outside the modules chosen at run time. Needs pyelftools and llvm-objdump.
+
+Without any: whether the wheels in this script's folder are those of SHA256SUMS, and, which is only a message, whether
+the sources have changed since. The exit status is 1 if anything is wrong.
 """
 
 import argparse
 import ast
+import hashlib
 import re
 import shutil
 import subprocess
@@ -13,8 +19,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-
-from elftools.elf.elffile import ELFFile
 
 SOURCE = Path(__file__).parents[1]
 MAX_SIZE = 500_000
@@ -67,6 +71,8 @@ def above_baseline(module: Path, arch: str) -> list[str]:
 
 def elf_problems(module: Path, arch: str, libc: str, newest: tuple[int, ...]):
     """What is wrong with how a module is linked."""
+    from elftools.elf.elffile import ELFFile
+
     with module.open("rb") as file:
         elf = ELFFile(file)
         if elf["e_machine"] != {"x86_64": "EM_X86_64", "aarch64": "EM_AARCH64"}[arch]:
@@ -135,11 +141,40 @@ def problems(wheel: Path):
                 yield f"{name} was built without its flags"
 
 
-parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-parser.add_argument("wheels", nargs="+", type=Path, metavar="WHEEL")
-failed = False
-for wheel in parser.parse_args().wheels:
-    found = list(problems(wheel))
-    failed |= bool(found)
-    print(f"{wheel.name}: {f'{wheel.stat().st_size} bytes, ok' if not found else ''}", *found, sep="\n    ")
-sys.exit(failed)
+def sums_problems(folder: Path):
+    """How the wheels of a folder differ from its SHA256SUMS; prints which sources are not those they were made of."""
+    if not any(folder.glob("*.whl")) and not (folder / "SHA256SUMS").exists():
+        print("there are no wheels here; wheels/build makes them")
+        return
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    sums = dict(reversed(line.split("  ")) for line in lines if not line.startswith("# "))
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.whl")}
+    yield from (f"{name}: not as in SHA256SUMS" for name in sorted(sums.keys() & found) if sums[name] != found[name])
+    yield from (f"{name}: in SHA256SUMS, but not here" for name in sorted(sums.keys() - found))
+    yield from (f"{name}: not in SHA256SUMS" for name in sorted(found.keys() - sums))
+
+    made_of = {line.split("\t")[1]: line.removeprefix("# ") for line in lines if line.startswith("# ")}
+    now = subprocess.run(["git", "ls-tree", "HEAD", *made_of], cwd=SOURCE, capture_output=True, text=True, check=True)
+    if changed := sorted(name for name, line in made_of.items() if line not in now.stdout.splitlines()):
+        print(f"THE WHEELS ARE OLDER THAN THE SOURCES: {', '.join(changed)} changed; wheels/build makes new ones")
+
+
+def main() -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("wheels", nargs="*", type=Path, metavar="WHEEL")
+    wheels = parser.parse_args().wheels
+    if not wheels:
+        found = list(sums_problems(Path(__file__).parent))
+        print(*found, sep="\n", end="\n" if found else "")
+        return bool(found)
+    failed = False
+    for wheel in wheels:
+        found = list(problems(wheel))
+        failed |= bool(found)
+        print(f"{wheel.name}: {f'{wheel.stat().st_size} bytes, ok' if not found else ''}", *found, sep="\n    ")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
