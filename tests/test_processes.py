@@ -5,6 +5,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
+import queue
 import random
 import signal
 import sys
@@ -223,26 +224,52 @@ def interrupted(num_threads):
         assert bits(layer(X)) == bits(LAYER(X))
 
 
+class Slow:
+    """Parts as `_core.Parts` are, each of them a while."""
+
+    count = 4
+
+    def __init__(self):
+        self.begun, self.ended, self.active, self.closed = [], [], 0, False
+        self.lock, self.finished = threading.Lock(), queue.SimpleQueue()
+
+    def work(self):
+        self.begun.append(1)
+        time.sleep(0.2)
+        self.ended.append(1)
+
+    def help(self):
+        with self.lock:
+            self.active += 1
+        self.work()
+        with self.lock:
+            self.active -= 1
+            if self.closed:
+                self.finished.put(None)
+
+    def close(self):
+        with self.lock:
+            self.closed = True
+            return self.active
+
+    def wait(self):
+        self.finished.get()
+
+
 def interrupted_between_parts():
     """Parts that other threads have begun end before the interrupt is seen."""
-    begun, ended = [], []
-
-    def part():
-        begun.append(1)
-        time.sleep(0.2)
-        ended.append(1)
-
+    parts = Slow()
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     caught = False
     try:
-        _threads.run([part] * 8, 4)
+        _threads.run(parts, 4)
     except KeyboardInterrupt:
         caught = True
-    counts = len(begun), len(ended)
+    counts = len(parts.begun), len(parts.ended)
     time.sleep(0.5)
     assert caught
-    assert counts == (len(begun), len(ended)) == (8, 7)  # one was that of the thread that was interrupted
+    assert counts == (len(parts.begun), len(parts.ended)) == (4, 3)  # one was that of the thread that was interrupted
 
 
 def test_interrupt_between_parts():
