@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from bn_c._dispatch import isa, supported_isas
 from bn_c._threads import get_num_threads, set_num_threads
 from bn_c.functional import batch_norm, batch_norm_inference, batch_stats
-from bn_c.image import ImageNormalizer
 from bn_c.layer import BatchNorm
 from bn_c.stats import BatchStats
 
 if TYPE_CHECKING:
     from bn_c.folding import fold_conv, fold_linear
+    from bn_c.image import ImageNormalizer
     from bn_c.models import load_layers, save_layers
 
 __version__ = "0.1.0"
@@ -47,7 +47,13 @@ __all__ = [
 ]
 
 # Imported when first asked for: a device that only calls layers does not wait for them.
-_LATER = {"fold_conv": "folding", "fold_linear": "folding", "load_layers": "models", "save_layers": "models"}
+_LATER = {
+    "ImageNormalizer": "image",
+    "fold_conv": "folding",
+    "fold_linear": "folding",
+    "load_layers": "models",
+    "save_layers": "models",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 from bn_c import _core
 
@@ -37,8 +36,9 @@ def last_level_cache() -> int:
     """Its size in bytes as Linux tells it, or else one that suits small boards."""
     for index in (3, 2):
         try:
-            text = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size").read_text()
-            return int(text.strip().removesuffix("K")) << 10
+            # Not by pathlib, whose import would take longer than the rest of bn_c's.
+            with open(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size") as file:  # noqa: PTH123
+                return int(file.read().strip().removesuffix("K")) << 10
         except (OSError, ValueError):
             continue
     return 4 << 20
