@@ -706,23 +706,12 @@ cdef inline void add_columns(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
     bint squared,
 ) noexcept nogil:
-    """Adds a block of any size; bits depend on its rows being added eight at a time, not on how it is cut here."""
-    cdef Py_ssize_t block = BLOCK // max(columns, <Py_ssize_t> 1) // 8 * 8, some, first
-    # The sums of COLUMNS columns stay in registers while the block stays in L1.
-    while rows > 0:
-        some = min(block, rows)
-        first = 0
-        while first + COLUMNS <= columns:
-            add_block(
-                x + first, stride, some, COLUMNS, centers.rounded + first, sums.deviations + first,
-                sums.squares + first, squared)
-            first += COLUMNS
-        if first < columns:
-            add_block(
-                x + first, stride, some, columns - first, centers.rounded + first, sums.deviations + first,
-                sums.squares + first, squared)
-        x += some * stride
-        rows -= some
+    """Adds a block of any size; bits depend on its rows being added eight at a time, not on how it is cut."""
+    # The sums of a plane stay in registers. To cut wider rows into such strips is slower: memory wants whole lines in order.
+    if columns == COLUMNS:
+        add_block(x, stride, rows, COLUMNS, centers.rounded, sums.deviations, sums.squares, squared)
+    else:
+        add_block(x, stride, rows, columns, centers.rounded, sums.deviations, sums.squares, squared)
 
 
 cdef void add(
