@@ -64,7 +64,8 @@ cdef enum:
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
     LANES = 8           # of a sum
     WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
-    BLOCK = 4096        # floats of a buffer of statistics: 16 kB, half of the smallest L1
+    BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
+    LOADED = 1024       # floats that are loaded there at a time, if rows are shorter: the best of 1024 .. 4096
     WHOLE = 2048        # elements of a channel up to which all are the sample: no slower
     PLANE_SAMPLE = 96   # elements that the center of a channel is guessed from: 1 in 70 is taken twice
     ROW_SAMPLE = 256    # the same where one channel makes all be taken twice: 1 in 16000
@@ -821,7 +822,8 @@ cdef Py_ssize_t add_all(
     cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row
     cdef bint direct = view.type == FLOAT32 and view.number == 4 and view.mask.data == NULL \
         and (view.per_row == 1 or view.x.inner == numbers * 4)
-    cdef Py_ssize_t most = BLOCK // columns // 8 * 8 * view.per_row     # the eights of rows stay together
+    # The eights of rows stay together.
+    cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
     cdef Py_ssize_t position, left, some, kept, rows, filled = 0, n = 0
     cdef const char *x
     cdef const char *mask
