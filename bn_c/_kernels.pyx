@@ -893,12 +893,12 @@ cdef View sample_of(const View *view) noexcept nogil:
 
 
 cdef inline double center_of(double mean, double value) noexcept nogil:
-    """A float near the mean of a sample, whatever that was: some value of the channel and a step of four bits from it.
+    """A float near the mean of a sample, whatever that was: some value of the channel and a step of five bits from it.
 
     So the deviations of data of few bits have few bits, and their squares and sums are exact.
     """
     cdef double step = mean - value
-    cdef double shifted = step * (<double> (<long long> 1 << 49) + 1)
+    cdef double shifted = step * (<double> (<long long> 1 << 48) + 1)
     step = shifted - (shifted - step)
     mean = value + step if fabs(step) <= 1e37 else mean
     return <float> mean if fabs(mean) <= 1e37 else 0
