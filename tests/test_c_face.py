@@ -443,10 +443,12 @@ def whiten(float[:, :] x):
     cdef int error
     with nogil:
         error = bn.moments(&array, 1, &count, mean, var)
-        for c in range(columns):
-            var[c] /= count
-        error = error or bn.fold(params, columns, mean, var, NULL, NULL, 1e-5)
-        error = error or bn.normalize(params, &array, 1, NULL, NULL, &array)
+        if not error:
+            for c in range(columns):
+                var[c] /= count
+            error = bn.fold(params, columns, mean, var, NULL, NULL, 1e-5)
+        if not error:
+            error = bn.normalize(params, &array, 1, NULL, NULL, &array)
     free(mean)
     free(params)
     if error:
