@@ -37,6 +37,7 @@ __all__ = [
     "batch_stats",
     "fold_conv",
     "fold_linear",
+    "get_include",
     "get_num_threads",
     "isa",
     "load_layers",
@@ -64,6 +65,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LATER})
+
+
+def get_include() -> str:
+    """The folder to compile C, C++ and Cython modules with that include `bn_c/bn_c.h`."""
+    from pathlib import Path
+
+    return str(Path(__file__).parent / "include")
 
 
 def show_config() -> None:

@@ -5,19 +5,28 @@ a. Arrays are taken through the buffer protocol by hand, not as typed memoryview
    unaligned data). Parameters, which are one-dimensional, are memoryviews.
 b. Everything is checked before the first element is written.
 c. Compiled for the baseline; only the kernels know more, and they are handed in by `use`.
+d. Calls from C come as the same buffers, without objects behind them, and go the same way without Python.
 """
 
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, isfinite
+from libc.stdint cimport int64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.pyport cimport PY_SSIZE_T_MAX
 
+from bn_c cimport (
+    BN_BAD_ACTIVATION, BN_BAD_AXIS, BN_BAD_CHANNELS, BN_BAD_EPS, BN_BAD_NDIM, BN_BAD_PARAMS, BN_BAD_SHAPE, BN_BAD_TYPE,
+    BN_C_ABI, BN_NO_MEMORY, BN_NULL, BN_OK, BN_OVERLAP, BN_UNALIGNED, bn_api, bn_array, bn_params,
+)
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
     CHANNELS, Activation, Coefficients, Images, Job, Kernels, Operand,
-    is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, size_of, take, take_channels, widest_loop,
+    is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, size_of, size_of_type, take, take_channels,
+    widest_loop,
 )
 
 import sys
@@ -107,10 +116,17 @@ cdef int type_code(const char *format) noexcept:
     return ABSENT
 
 
+cdef bint is_aligned(const Py_buffer *view) noexcept nogil:
+    cdef size_t places = <size_t> view.buf
+    cdef int d
+    for d in range(view.ndim):
+        if view.shape[d] > 1:
+            places |= <size_t> view.strides[d]
+    return places % <size_t> view.itemsize == 0 or view.len == 0
+
+
 cdef int take_array(Py_buffer *view, Operand *operand, str name, array, bint writable, bint integers) except -1:
     """Takes the buffer of an array and checks that its elements can be read (and written) as they are."""
-    cdef int d
-    cdef size_t misaligned
     try:
         PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0))
     except (ValueError, BufferError) as error:
@@ -121,28 +137,28 @@ cdef int take_array(Py_buffer *view, Operand *operand, str name, array, bint wri
         raise _checks.wrong_dtype(name, array, integers)
     if view.ndim == 0 or view.ndim > MAX_NDIM:
         raise ValueError(f"{name}: expected 1 to {MAX_NDIM} dimensions, got {view.ndim}")
-    misaligned = <size_t> view.buf
-    for d in range(view.ndim):
-        if view.shape[d] > 1:
-            misaligned |= <size_t> view.strides[d]
-    if misaligned % <size_t> view.itemsize and view.len > 0:
+    if not is_aligned(view):
         raise ValueError(f"{name}: expected aligned elements, got an unaligned array; pass {name}.copy()")
     return 0
 
 
-cdef int same_shape(str name, const Py_buffer *view, const Py_buffer *x) except -1:
+cdef bint has_shape_of(const Py_buffer *x, const Py_buffer *view) noexcept nogil:
     cdef int d
     cdef bint same = view.ndim == x.ndim
     for d in range(x.ndim if same else 0):
         same = same and view.shape[d] == x.shape[d]
-    if not same:
+    return same
+
+
+cdef int same_shape(str name, const Py_buffer *view, const Py_buffer *x) except -1:
+    if not has_shape_of(x, view):
         raise ValueError(
             f"{name}: expected the shape of x, {_checks.shape([x.shape[d] for d in range(x.ndim)])}, "
             f"got {_checks.shape([view.shape[d] for d in range(view.ndim)])}")
     return 0
 
 
-cdef void extent(const Py_buffer *view, size_t *low, size_t *high) noexcept:
+cdef void extent(const Py_buffer *view, size_t *low, size_t *high) noexcept nogil:
     """The addresses from the first byte to behind the last."""
     cdef int d
     cdef Py_ssize_t length
@@ -156,25 +172,29 @@ cdef void extent(const Py_buffer *view, size_t *low, size_t *high) noexcept:
             high[0] += length
 
 
-cdef int no_overlap(str name, const Py_buffer *view, array, const Py_buffer *out_view, out) except -1:
-    """out may be the other array itself, or apart from it; a partial overlap would read what was written."""
+cdef bint is_apart_or_same(const Py_buffer *view, const Py_buffer *out_view) noexcept nogil:
     cdef size_t low, high, out_low, out_high
     cdef bint same
     cdef int d
     extent(view, &low, &high)
     extent(out_view, &out_low, &out_high)
     if high <= out_low or out_high <= low:
-        return 0
+        return True
     same = view.buf == out_view.buf and view.itemsize == out_view.itemsize
     for d in range(view.ndim):
         same = same and (view.shape[d] == 1 or view.strides[d] == out_view.strides[d])
-    if not same and _checks.share_memory(array, out):
+    return same
+
+
+cdef int no_overlap(str name, const Py_buffer *view, array, const Py_buffer *out_view, out) except -1:
+    """out may be the other array itself, or apart from it; a partial overlap would read what was written."""
+    if not is_apart_or_same(view, out_view) and _checks.share_memory(array, out):
         raise ValueError(f"out: expected {name} itself or memory apart from it, got a partial overlap with {name}")
     return 0
 
 
-cdef int no_self_overlap(const Py_buffer *view) except -1:
-    """Each element of out has a place of its own: every stride spans all dimensions with smaller ones."""
+cdef bint overlaps_itself(const Py_buffer *view) noexcept nogil:
+    """Whether a stride does not span all dimensions with smaller ones."""
     cdef Py_ssize_t[MAX_NDIM] strides, lengths
     cdef Py_ssize_t span = view.itemsize, stride
     cdef int n = 0, d, i
@@ -192,18 +212,32 @@ cdef int no_self_overlap(const Py_buffer *view) except -1:
         n += 1
     for i in range(n):
         if strides[i] < span:
-            raise ValueError("out: expected every element in a place of its own, got elements that overlap in memory")
+            return True
         span += strides[i] * (lengths[i] - 1)
+    return False
+
+
+cdef int no_self_overlap(const Py_buffer *view) except -1:
+    if overlaps_itself(view):
+        raise ValueError("out: expected every element in a place of its own, got elements that overlap in memory")
     return 0
 
 
-cdef int channel_axis(Py_ssize_t axis, const Py_buffer *x) except -1:
+cdef int axis_of(const Py_buffer *x, Py_ssize_t axis) noexcept nogil:
+    """Counted from the front; ABSENT if x has none such."""
     if axis < -x.ndim or axis >= x.ndim:
-        raise _checks.wrong_axis(axis, [x.shape[d] for d in range(x.ndim)])
+        return ABSENT
     return <int> (axis + x.ndim if axis < 0 else axis)
 
 
-cdef Py_ssize_t elements(const Py_buffer *view) noexcept:
+cdef int channel_axis(Py_ssize_t axis, const Py_buffer *x) except -1:
+    cdef int at = axis_of(x, axis)
+    if at == ABSENT:
+        raise _checks.wrong_axis(axis, [x.shape[d] for d in range(x.ndim)])
+    return at
+
+
+cdef Py_ssize_t elements(const Py_buffer *view) noexcept nogil:
     return view.len // view.itemsize
 
 
@@ -275,6 +309,24 @@ cdef enum:
     ROUNDED_ROWS = 3    # center, scale, shift
 
 
+cdef size_t size_of_parameters(Py_ssize_t channels) noexcept nogil:
+    return channels * (EXACT_ROWS * sizeof(double) + ROUNDED_ROWS * sizeof(float))
+
+
+cdef Coefficients coefficients_in(double *rows, Py_ssize_t channels) noexcept nogil:
+    cdef float *rounded = <float *> (rows + EXACT_ROWS * channels)
+    return Coefficients(
+        mean=rows + MEAN * channels, std=rows + STD * channels, gamma=rows + GAMMA * channels, beta=rows + BETA * channels,
+        center=rounded, scale=rounded + channels, shift=rounded + 2 * channels, wide=False)
+
+
+cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double eps) noexcept nogil:
+    cdef bn_fp_state state
+    bn_fp_enter(&state)
+    kernels.fold(k, channels, var, eps)
+    bn_fp_leave(&state)
+
+
 cdef bint copied(values, double *to, Py_ssize_t channels) except -1:
     """Copies a vector of floats or doubles that has one element per channel; False, and nothing, if it is not that."""
     cdef Py_buffer view
@@ -321,16 +373,11 @@ cdef class Folded:
     cdef int threads
 
     def __cinit__(self, Py_ssize_t channels, gamma=None, beta=None):
-        cdef float *rounded
         self.channels = channels
-        self.exact = <double *> PyMem_Malloc(
-            max(channels, 1) * (EXACT_ROWS * sizeof(double) + ROUNDED_ROWS * sizeof(float)))
+        self.exact = <double *> PyMem_Malloc(size_of_parameters(max(channels, 1)))
         if self.exact == NULL:
             raise MemoryError()
-        rounded = <float *> self.row(EXACT_ROWS)
-        self.k = Coefficients(
-            mean=self.row(MEAN), std=self.row(STD), gamma=self.row(GAMMA), beta=self.row(BETA),
-            center=rounded, scale=rounded + channels, shift=rounded + 2 * channels, wide=False)
+        self.k = coefficients_in(self.exact, channels)
         if gamma is None:
             self.set_all(GAMMA, 1)
         else:
@@ -362,14 +409,8 @@ cdef class Folded:
         """Takes the statistics to normalise with; returns itself."""
         self.fill("mean", MEAN, mean)
         self.fill("var", VAR, var)
-        self.fold_statistics(eps)
+        fold(&self.k, self.channels, self.row(VAR), eps)
         return self
-
-    cdef void fold_statistics(self, double eps) noexcept:
-        cdef bn_fp_state state
-        bn_fp_enter(&state)
-        kernels.fold(&self.k, self.channels, self.row(VAR), eps)
-        bn_fp_leave(&state)
 
     cdef object copy_of(self, int row):
         cdef double[::1] copy
@@ -508,6 +549,22 @@ cdef class Parts:
         self.finished.get()
 
 
+cdef Work part_of_work(const Work *work, int loop, Py_ssize_t index, Py_ssize_t count) noexcept nogil:
+    cdef Work part = work[0]
+    cdef Py_ssize_t length = loop_length(&work.statistics if work.task == MOMENTS else &work.job, loop)
+    cdef Py_ssize_t start = index * length // count, stop = (index + 1) * length // count
+    if work.task != MOMENTS:
+        take(&part.job, loop, start, stop)
+    if work.task != NORMALIZE:
+        take(&part.statistics, loop, start, stop)
+    if loop == CHANNELS and work.task == MOMENTS:
+        part.mean += start
+        part.m2 += start
+    elif loop == CHANNELS and work.task == BOTH:
+        part.var += start
+    return part
+
+
 cdef class Works(Parts):
     """Parts that are each a work of their own."""
     cdef Work *works
@@ -526,22 +583,9 @@ cdef class Works(Parts):
 
 cdef Works parts_of(const Work *work, int loop, Py_ssize_t count):
     cdef Works parts = Works.__new__(Works, count)
-    cdef Py_ssize_t length = loop_length(&work.statistics if work.task == MOMENTS else &work.job, loop)
-    cdef Py_ssize_t index, start, stop
-    cdef Work *part
+    cdef Py_ssize_t index
     for index in range(count):
-        start, stop = index * length // count, (index + 1) * length // count
-        part = &parts.works[index]
-        part[0] = work[0]
-        if work.task != MOMENTS:
-            take(&part.job, loop, start, stop)
-        if work.task != NORMALIZE:
-            take(&part.statistics, loop, start, stop)
-        if loop == CHANNELS and work.task == MOMENTS:
-            part.mean += start
-            part.m2 += start
-        elif loop == CHANNELS and work.task == BOTH:
-            part.var += start
+        parts.works[index] = part_of_work(work, loop, index, count)
     return parts
 
 
@@ -558,24 +602,44 @@ cdef int run_parts(Work *work, int loop, int threads) except -1:
     return 0
 
 
-cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -1:
-    """The statistics, in an order that depends on the arrays alone.
+cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
+    """How many pieces of its longest loop have statistics of their own, however many threads there are.
 
-    Many planes are independent channels. Rows, and few planes, are cut into pieces, however many threads there
-    are, whose moments are merged in order.
+    Many planes are independent channels. Rows, and few planes, are cut into pieces, whose moments are merged in
+    order: the bits depend on the arrays alone.
     """
+    if is_planes(statistics):
+        return 1
+    return max(<Py_ssize_t> 1, min(
+        <Py_ssize_t> PIECES, size_of(statistics) // PIECE, loop_length(statistics, longest_loop(statistics))))
+
+
+cdef void merge_piece(Work *work, const Work *piece) noexcept nogil:
+    """The next piece's moments join those of the ones before, of which there are work.counted elements so far."""
+    cdef Py_ssize_t c
+    cdef bn_fp_state state
+    bn_fp_enter(&state)
+    for c in range(work.statistics.channels if piece.counted > 0 else 0):
+        if work.counted == 0:
+            work.mean[c] = piece.mean[c]
+            work.m2[c] = piece.m2[c]
+        else:
+            merge_moments(&work.mean[c], &work.m2[c], work.counted, piece.mean[c], piece.m2[c], piece.counted)
+    work.counted += piece.counted
+    bn_fp_leave(&state)
+
+
+cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -1:
+    """The statistics."""
     cdef const Job *job = &work.statistics
-    cdef Py_ssize_t done = 0, index, c
+    cdef Py_ssize_t pieces = pieces_of(job), index
     cdef int loop = longest_loop(job)
-    cdef Py_ssize_t pieces = min(<Py_ssize_t> PIECES, size_of(job) // PIECE, loop_length(job, loop))
     cdef double[:, :, ::1] moments
     cdef Works parts
-    cdef Work *part
-    cdef bn_fp_state state
     work.task = MOMENTS
     work.mean = mean
     work.m2 = m2
-    if pieces < 2 or is_planes(job):
+    if pieces < 2:
         run_parts(work, CHANNELS, threads if is_planes(job) else 1)
         return 0
     moments = np.empty((pieces, 2, job.channels))
@@ -584,17 +648,9 @@ cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -
         parts.works[index].mean = &moments[index, 0, 0]
         parts.works[index].m2 = &moments[index, 1, 0]
     _threads.run(parts, threads if size_of(job) >= parallel_from else 1)
-    bn_fp_enter(&state)
+    work.counted = 0
     for index in range(pieces):
-        part = &parts.works[index]
-        for c in range(job.channels if part.counted > 0 else 0):
-            if done == 0:
-                mean[c] = moments[index, 0, c]
-                m2[c] = moments[index, 1, c]
-            else:
-                merge_moments(&mean[c], &m2[c], done, moments[index, 0, c], moments[index, 1, c], part.counted)
-        done += part.counted
-    bn_fp_leave(&state)
+        merge_piece(work, &parts.works[index])
     return 0
 
 
@@ -614,7 +670,7 @@ cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1
     for c in range(folded.channels):
         work.var[c] /= folded.count
     bn_fp_leave(&state)
-    folded.fold_statistics(eps)
+    fold(&folded.k, folded.channels, work.var, eps)
     work.job.coefficients = folded.k
     work.task = NORMALIZE
     run_parts(work, widest_loop(&work.job), threads)
@@ -623,8 +679,18 @@ cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1
 
 # ---- calls ------------------------------------------------------------------------------------------
 
-cdef inline const Py_ssize_t *strides(const Py_buffer *view, object) noexcept:
-    return view.strides if object is not None else NULL
+cdef void lay_out_y(
+    Job *job, const Arrays *arrays, int at, const Coefficients *coefficients, const Activation *activation,
+) noexcept nogil:
+    """Arrays that were not taken have NULL strides."""
+    lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, arrays.residual.strides, arrays.out.strides)
+    job.coefficients = coefficients[0]
+    job.activation = activation[0]
+    job.stream = kernels.streams and arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
+
+
+cdef void lay_out_statistics(Job *job, const Arrays *arrays, int at) noexcept nogil:
+    lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, arrays.mask.strides, NULL)
 
 
 cdef object forward(
@@ -659,15 +725,10 @@ cdef object forward(
             return out
         if batch and folded.count == 0:
             raise ValueError("mask: expected at least one True, got none")
-        lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides,
-                strides(&arrays.residual, residual), arrays.out.strides)
-        job.coefficients = folded.k
-        job.activation = activation[0]
-        job.stream = kernels.streams and arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
+        lay_out_y(job, &arrays, at, &folded.k, activation)
         if batch:
             work.statistics.x = job.x
-            lay_out(&work.statistics, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides,
-                    strides(&arrays.mask, mask), NULL)
+            lay_out_statistics(&work.statistics, &arrays, at)
             run_batch(&work, folded, eps, threads)
         else:
             work.task = NORMALIZE
@@ -741,7 +802,7 @@ def moments(x, mask, Py_ssize_t counted, Py_ssize_t axis, channels, int threads)
             count = elements(&arrays.x) // arrays.x.shape[at] if mask is None else counted
         if count > 0:
             result = table
-            lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, strides(&arrays.mask, mask), NULL)
+            lay_out_statistics(job, &arrays, at)
             run_moments(&work, &result[0, 0], &result[1, 0], threads)
     finally:
         release(&arrays)
@@ -944,3 +1005,230 @@ cdef class Pixels:
         finally:
             release(&arrays)
         return out
+
+
+# ---- calls from C: `bn_c.h` says what they do ---------------------------------------------------------
+
+cdef enum:
+    FOLDED = 0x626e5f63         # how parameters from fold begin
+
+
+cdef struct Params:
+    # Of eight bytes each, as the rows that follow are.
+    int64_t mark
+    int64_t channels
+    int64_t wide
+
+
+cdef int take_from_c(
+    Py_buffer *view, Operand *operand, const bn_array *array, Py_ssize_t *gapless, bint integers, const Py_buffer *like,
+) noexcept nogil:
+    """As `take_array`, and with the shape of `like` if that is not NULL; `gapless` has room for strides."""
+    cdef int d
+    cdef bint empty = False
+    if array == NULL:
+        return BN_NULL
+    if array.type < FLOAT32 or array.type > (INT16 if integers else FLOAT16):
+        return BN_BAD_TYPE
+    if array.ndim < 1 or array.ndim > MAX_NDIM:
+        return BN_BAD_NDIM
+    if array.shape == NULL:
+        return BN_NULL
+    operand.type = array.type
+    operand.data = <char *> array.data
+    view.buf = array.data
+    view.ndim = array.ndim
+    view.shape = <Py_ssize_t *> array.shape
+    view.strides = gapless if array.strides == NULL else <Py_ssize_t *> array.strides
+    view.itemsize = view.len = size_of_type(array.type)
+    for d in range(array.ndim - 1, -1, -1):
+        gapless[d] = view.len
+        if array.shape[d] < 0 or (array.shape[d] > 0 and view.len > PY_SSIZE_T_MAX // array.shape[d]):
+            return BN_BAD_SHAPE
+        if array.shape[d] == 0:
+            empty = True
+        else:
+            view.len *= array.shape[d]
+    if empty:
+        view.len = 0
+    if like != NULL and not has_shape_of(like, view):
+        return BN_BAD_SHAPE
+    if array.data == NULL and not empty:
+        return BN_NULL
+    return BN_OK if is_aligned(view) else BN_UNALIGNED
+
+
+cdef bint is_activation(const Activation *activation) noexcept nogil:
+    if activation.kind == CLIP:
+        return activation.low <= activation.high
+    if activation.kind == LEAKY_RELU:
+        return isfinite(activation.slope)
+    return activation.kind == IDENTITY or activation.kind == HARD_SWISH
+
+
+cdef size_t params_size_from_c(Py_ssize_t channels) noexcept nogil:
+    if channels < 0 or channels > PY_SSIZE_T_MAX // 64:
+        return 0
+    return sizeof(Params) + size_of_parameters(channels)
+
+
+cdef int fold_from_c(
+    bn_params *memory, Py_ssize_t channels, const double *mean, const double *var,
+    const double *gamma, const double *beta, double eps,
+) noexcept nogil:
+    cdef Params *params = <Params *> memory
+    cdef Coefficients k
+    cdef Py_ssize_t c
+    if params_size_from_c(channels) == 0:
+        return BN_BAD_CHANNELS
+    if params == NULL or (channels > 0 and (mean == NULL or var == NULL)):
+        return BN_NULL
+    if <size_t> params % sizeof(double):
+        return BN_BAD_PARAMS
+    if not 0 <= eps < INFINITY:
+        return BN_BAD_EPS
+    k = coefficients_in(<double *> (params + 1), channels)
+    for c in range(channels):
+        k.mean[c] = mean[c]
+        k.gamma[c] = gamma[c] if gamma != NULL else 1
+        k.beta[c] = beta[c] if beta != NULL else 0
+    fold(&k, channels, var, eps)
+    params[0] = Params(mark=FOLDED, channels=channels, wide=k.wide)
+    return BN_OK
+
+
+cdef int normalize_from_c(
+    const bn_params *memory, const bn_array *x, int axis, const bn_array *residual, const Activation *activation,
+    const bn_array *out,
+) noexcept nogil:
+    cdef const Params *params = <const Params *> memory
+    cdef Activation identity
+    cdef Arrays arrays
+    cdef Py_ssize_t[3][MAX_NDIM] gapless
+    cdef Coefficients k
+    cdef Work work
+    cdef Job *job = &work.job
+    cdef int at, error
+    if params == NULL:
+        return BN_NULL
+    if <size_t> params % sizeof(double) or params.mark != FOLDED:
+        return BN_BAD_PARAMS
+    memset(&identity, 0, sizeof(identity))
+    if activation == NULL:
+        activation = &identity
+    if not is_activation(activation):
+        return BN_BAD_ACTIVATION
+    memset(&arrays, 0, sizeof(arrays))
+    job.residual.data = NULL
+    error = take_from_c(&arrays.x, &job.x, x, gapless[0], True, NULL)
+    if error == BN_OK and residual != NULL:
+        error = take_from_c(&arrays.residual, &job.residual, residual, gapless[1], False, &arrays.x)
+    if error == BN_OK:
+        error = take_from_c(&arrays.out, &job.out, out, gapless[2], False, &arrays.x)
+    if error != BN_OK:
+        return error
+    at = axis_of(&arrays.x, axis)
+    if at == ABSENT:
+        return BN_BAD_AXIS
+    if arrays.x.shape[at] != params.channels:
+        return BN_BAD_CHANNELS
+    if elements(&arrays.x) == 0:
+        return BN_OK
+    if overlaps_itself(&arrays.out) or not is_apart_or_same(&arrays.x, &arrays.out) \
+            or (residual != NULL and not is_apart_or_same(&arrays.residual, &arrays.out)):
+        return BN_OVERLAP
+    k = coefficients_in(<double *> (params + 1), params.channels)
+    k.wide = params.wide
+    lay_out_y(job, &arrays, at, &k, activation)
+    work.task = NORMALIZE
+    run(&work)
+    return BN_OK
+
+
+cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *mean, double *m2) noexcept nogil:
+    cdef Arrays arrays
+    cdef Py_ssize_t[MAX_NDIM] gapless
+    cdef Work work, piece
+    cdef Job *job = &work.statistics
+    cdef Py_ssize_t channels, pieces = 1, index
+    cdef double *scratch = NULL
+    cdef int at, error
+    if count == NULL or mean == NULL or m2 == NULL:
+        return BN_NULL
+    memset(&arrays, 0, sizeof(arrays))
+    job.residual.data = job.out.data = NULL
+    error = take_from_c(&arrays.x, &job.x, x, gapless, True, NULL)
+    if error != BN_OK:
+        return error
+    at = axis_of(&arrays.x, axis)
+    if at == ABSENT:
+        return BN_BAD_AXIS
+    channels = arrays.x.shape[at]
+    if elements(&arrays.x) == 0:
+        count[0] = 0
+        memset(mean, 0, channels * sizeof(double))
+        memset(m2, 0, channels * sizeof(double))
+        return BN_OK
+    lay_out_statistics(job, &arrays, at)
+    pieces = pieces_of(job)
+    if pieces > 1:
+        scratch = <double *> malloc(2 * channels * sizeof(double))
+        if scratch == NULL:
+            return BN_NO_MEMORY
+    count[0] = elements(&arrays.x) // channels
+    work.task = MOMENTS
+    work.mean = mean
+    work.m2 = m2
+    work.counted = 0
+    if pieces == 1:
+        run(&work)
+        return BN_OK
+    for index in range(pieces):
+        piece = part_of_work(&work, longest_loop(job), index, pieces)
+        piece.mean = scratch
+        piece.m2 = scratch + channels
+        run(&piece)
+        merge_piece(&work, &piece)
+    free(scratch)
+    return BN_OK
+
+
+cdef const char *error_text_for_c(int error) noexcept nogil:
+    if error == BN_OK:
+        return "no error"
+    if error == BN_NULL:
+        return "expected an argument with data and a shape, got NULL"
+    if error == BN_BAD_CHANNELS:
+        return "channels: expected 0 or more, as many as the parameters have"
+    if error == BN_BAD_EPS:
+        return "eps: expected a finite number >= 0"
+    if error == BN_BAD_PARAMS:
+        return "params: expected memory aligned to 8 bytes that fold has filled"
+    if error == BN_BAD_TYPE:
+        return "type: expected float32, float16 or, for x alone, uint8, int8, uint16 or int16"
+    if error == BN_BAD_NDIM:
+        return "ndim: expected 1 to 32 dimensions"
+    if error == BN_BAD_SHAPE:
+        return "shape: expected sizes >= 0, the same for x, residual and out"
+    if error == BN_BAD_AXIS:
+        return "axis: expected -ndim to ndim - 1"
+    if error == BN_BAD_ACTIVATION:
+        return "activation: expected a known kind, low <= high, a finite slope"
+    if error == BN_UNALIGNED:
+        return "expected aligned elements, got unaligned data or strides"
+    if error == BN_OVERLAP:
+        return "out: expected x or residual itself or memory apart from both, got an overlap"
+    if error == BN_NO_MEMORY:
+        return "out of memory"
+    return "unknown error"
+
+
+cdef bn_api api
+api.abi = BN_C_ABI
+api.size = sizeof(bn_api)
+api.params_size = params_size_from_c
+api.fold = fold_from_c
+api.normalize = normalize_from_c
+api.moments = moments_from_c
+api.error_text = error_text_for_c
+c_api = PyCapsule_New(&api, "bn_c._core.c_api", NULL)

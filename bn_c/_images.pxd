@@ -10,16 +10,12 @@ c. Rows of floats with their channels last and in order on both sides are one ru
 
 from libc.stdint cimport uint8_t, uint16_t
 
-from bn_c._layout cimport FLOAT16, FLOAT32, UINT8, Images
+from bn_c._layout cimport FLOAT16, FLOAT32, Images, size_of_type
 
 cdef extern from "bn_c/image.h" nogil:
     ctypedef struct bn_pixels:
         int channels
     enum:
-        BN_FLOATS
-        BN_HALVES
-        BN_UINT8
-        BN_INT8
         BN_SHUFFLES
     void bn_pixels_plan(
         bn_pixels *plan, Py_ssize_t pixel, Py_ssize_t channel, Py_ssize_t channels, int interleaved, int type)
@@ -37,10 +33,6 @@ cdef enum:
     CHANNEL
     REPEATED = 256      # coefficients of a row, repeated for pixels of few channels
     NEAR = 16384        # bytes of x that are gone through channel by channel: they stay in L1
-
-
-cdef inline Py_ssize_t size_of_type(int type) noexcept nogil:
-    return 4 if type == FLOAT32 else (2 if type == FLOAT16 else 1)
 
 
 cdef inline void scale_run(
@@ -138,14 +130,6 @@ cdef inline void row_of_elements(
         start += n
 
 
-cdef inline int plan_type(int type) noexcept nogil:
-    if type == FLOAT32:
-        return BN_FLOATS
-    if type == FLOAT16:
-        return BN_HALVES
-    return BN_UINT8 if type == UINT8 else BN_INT8
-
-
 cdef inline void make_plan(const Images *images, bn_pixels *plan) noexcept nogil:
     """For all channels at once, or else for single ones; none where y is not a run of either."""
     cdef Py_ssize_t channels = images.shape[CHANNEL], size = size_of_type(images.type)
@@ -156,11 +140,11 @@ cdef inline void make_plan(const Images *images, bn_pixels *plan) noexcept nogil
     if images.in_table:
         return
     if interleaved and channels > 1:
-        bn_pixels_plan(plan, pixel, channel, channels, 1, plan_type(images.type))
+        bn_pixels_plan(plan, pixel, channel, channels, 1, images.type)
     elif planes:
-        bn_pixels_plan(plan, pixel, channel, channels, 0, plan_type(images.type))
+        bn_pixels_plan(plan, pixel, channel, channels, 0, images.type)
         if plan.channels == 0:
-            bn_pixels_plan(plan, pixel, 0, 1, 0, plan_type(images.type))
+            bn_pixels_plan(plan, pixel, 0, 1, 0, images.type)
     bn_pixels_scale(plan, images.scale, images.shift)
 
 

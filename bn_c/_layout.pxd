@@ -9,28 +9,14 @@ d. A part of the work is a job too: the same loops over fewer channels, rows or 
    Threads and blocks are made that way, and the kernels need not know of either.
 """
 
+from bn_c cimport (
+    BN_CLIP as CLIP, BN_FLOAT16 as FLOAT16, BN_FLOAT32 as FLOAT32, BN_HARD_SWISH as HARD_SWISH,
+    BN_IDENTITY as IDENTITY, BN_INT8 as INT8, BN_INT16 as INT16, BN_LEAKY_RELU as LEAKY_RELU,
+    BN_UINT8 as UINT8, BN_UINT16 as UINT16, bn_activation as Activation,
+)
+
 cdef enum:
     MAX_NDIM = 32
-
-cdef enum Type:
-    FLOAT32
-    FLOAT16
-    UINT8
-    INT8
-    UINT16
-    INT16
-
-cdef enum ActivationKind:
-    IDENTITY
-    CLIP            # min(max(y, low), high): relu and relu6 too
-    LEAKY_RELU      # y > 0 ? y : slope * y
-    HARD_SWISH      # y * clip(y + 3, 0, 6) / 6
-
-cdef struct Activation:
-    int kind
-    float low
-    float high
-    float slope
 
 cdef struct Operand:
     char *data                      # NULL: absent
@@ -88,6 +74,12 @@ cdef struct Kernels:
     Py_ssize_t (*moments)(const Job *job, double *mean, double *m2) noexcept nogil
     void (*fold)(Coefficients *coefficients, Py_ssize_t channels, const double *var, double eps) noexcept nogil
     void (*images)(const Images *images) noexcept nogil
+
+
+cdef inline Py_ssize_t size_of_type(int type) noexcept nogil:
+    if type == FLOAT32:
+        return 4
+    return 1 if type == UINT8 or type == INT8 else 2
 
 
 cdef inline Py_ssize_t magnitude(Py_ssize_t stride) noexcept nogil:

@@ -15,6 +15,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bn_c.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -23,13 +25,10 @@
 
 #define BN_INLINE static inline __attribute__((always_inline))
 
-/* The type of y; bytes are rounded half to even and saturated. */
-enum { BN_FLOATS, BN_HALVES, BN_UINT8, BN_INT8 };
-
 typedef struct {
-    int channels;    /* how many at a time; 0: none, these pixels are for other loops */
-    int interleaved; /* y too, or else planes */
-    int type;
+    int channels;     /* how many at a time; 0: none, these pixels are for other loops */
+    int interleaved;  /* y too, or else planes */
+    int type;         /* of y, a bn_type; bytes are rounded half to even and saturated */
     ptrdiff_t pixel;  /* stride of x */
     ptrdiff_t low;    /* from the first of the pixels of a step to the first byte that is loaded */
     ptrdiff_t reach;  /* and to the last */
@@ -85,7 +84,7 @@ static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_p
 /* The first four elements to y, the others to `rest`, which is right behind them in planes. */
 static inline void bn_px_store(char *y, char *rest, bn_px_floats v, int type, int interleaved)
 {
-    if (type == BN_FLOATS) {
+    if (type == BN_FLOAT32) {
         if (!interleaved) {
             _mm256_storeu_ps((float *)y, v);
         } else {
@@ -94,7 +93,7 @@ static inline void bn_px_store(char *y, char *rest, bn_px_floats v, int type, in
         }
         return;
     }
-    if (type == BN_HALVES) {
+    if (type == BN_FLOAT16) {
         const __m128i halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
         if (!interleaved) {
             _mm_storeu_si128((__m128i *)y, halves);
@@ -213,9 +212,9 @@ static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_p
 static inline void bn_px_store(char *y, char *rest, bn_px_floats v, int type, int interleaved)
 {
     (void)rest, (void)interleaved;
-    if (type == BN_FLOATS) {
+    if (type == BN_FLOAT32) {
         vst1q_f32((float *)y, v);
-    } else if (type == BN_HALVES) {
+    } else if (type == BN_FLOAT16) {
         vst1_u16((uint16_t *)y, vreinterpret_u16_f16(vcvt_f16_f32(v)));
     } else {
         const int16x4_t shorts = vqmovn_s32(vcvtnq_s32_f32(v));
@@ -254,7 +253,7 @@ static inline void bn_pixels_plan(bn_pixels *p, ptrdiff_t pixel, ptrdiff_t chann
             memcpy(p->of[k].picks + 4 * i, picks, 4);
         }
 #else
-    if (high - low > 3 || type != BN_FLOATS) /* tables are no slower */
+    if (high - low > 3 || type != BN_FLOAT32) /* tables are no slower */
         return;
     p->low = low;
     p->reach = low + 3 + (pixel > 0 ? 3 * pixel : 0);
@@ -280,7 +279,7 @@ static inline void bn_pixels_scale(bn_pixels *p, const float *scale, const float
 BN_INLINE void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y, ptrdiff_t plane, ptrdiff_t i,
                               const ptrdiff_t last, const int channels, const int interleaved, const int type)
 {
-    const ptrdiff_t size = type == BN_FLOATS ? 4 : type == BN_HALVES ? 2 : 1;
+    const ptrdiff_t size = type == BN_FLOAT32 ? 4 : type == BN_FLOAT16 ? 2 : 1;
     const ptrdiff_t step = interleaved ? channels * size : size; /* from pixel to pixel */
     const int fours = interleaved && !BN_SHUFFLES ? 4 : channels;
     const ptrdiff_t apart = !interleaved ? plane : BN_SHUFFLES ? 4 * size : step;
@@ -363,11 +362,11 @@ static inline ptrdiff_t bn_pixels_row(const bn_pixels *p, const uint8_t *x, ptrd
     if (first > last)
         return 0;
     switch (p->type) {
-    case BN_FLOATS:
-        bn_pixels_typed(p, x, y, plane, first, last, BN_FLOATS);
+    case BN_FLOAT32:
+        bn_pixels_typed(p, x, y, plane, first, last, BN_FLOAT32);
         break;
-    case BN_HALVES:
-        bn_pixels_typed(p, x, y, plane, first, last, BN_HALVES);
+    case BN_FLOAT16:
+        bn_pixels_typed(p, x, y, plane, first, last, BN_FLOAT16);
         break;
     case BN_UINT8:
         bn_pixels_typed(p, x, y, plane, first, last, BN_UINT8);
