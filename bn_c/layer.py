@@ -72,13 +72,38 @@ class BatchNorm(_core.Layer):
         Changed by assignment of any float dtype or list, from the next call on.
     num_batches_tracked : int
         Mini-batches seen in training mode.
-    eps, momentum, activation, num_threads
+    eps, momentum, activation, num_threads, training
         Can be assigned.
+    num_features, axis
+        Cannot.
+
+    Methods
+    -------
+    bn(x, *, residual=None, mask=None, dtype=None, out=None)
+        y. All are as in `batch_norm`; mask selects what enters the statistics of the mini-batch, and counts only where
+        they are used. May be called from several threads at once.
+    train(), eval()
+        Change the mode and return the layer.
+    adapt(x)
+        Moves the running statistics to those of a drifted sensor.
+    state_dict(), load_state_dict(state), from_torch(state), from_keras(...), from_onnx(model)
+        To and from other frameworks; files: `load_layers`, `save_layers`. Layers can be pickled and copied.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came. A call that raises changes nothing.
+        Naming the argument, what was expected and what came. A call that raises changes nothing. ValueError also for
+        one value per channel in training mode, which has no variance, unless `allow_single_value`.
+
+    Examples
+    --------
+    >>> bn = bn_c.BatchNorm(2, activation="relu")
+    >>> bn.running_mean, bn.running_var = [10, 20], [4, 25]
+    >>> bn(np.array([[12, 30]], np.float32)).round(3)
+    array([[1., 2.]], dtype=float32)
+    >>> _ = bn.train()(np.array([[10, 10], [20, 30]], np.float32))  # learns 0.1 of it
+    >>> bn.eval().running_mean
+    array([10.5, 20. ], dtype=float32)
     """
 
     def __init__(

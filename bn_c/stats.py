@@ -25,6 +25,8 @@ class BatchStats:
             stats.update(batch)
         total = stats + other
 
+    Statistics compare, can be pickled, and are plain numbers in `to_dict`.
+
     Parameters
     ----------
     num_features : int

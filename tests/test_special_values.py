@@ -1,4 +1,4 @@
-"""The tables of special values in docs/robustness.md, row by row; and the floating-point state around every call."""
+"""The README's tables of special values, row by row; and the floating-point state around every call."""
 
 import ctypes
 import itertools
@@ -10,7 +10,8 @@ import pytest
 
 import bn_c
 
-TABLES = (Path(__file__).parents[1] / "docs/robustness.md").read_text(encoding="utf-8").split("With the statistics")
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+TABLES = README.partition("\n## Special values\n")[2].partition("\n## ")[0].split("With the statistics")
 ROW = re.compile(r"^\|.*\| `(x=.*)` \| `(.*)` \|$", re.MULTILINE)
 GIVEN, OF_BATCH = (ROW.findall(table) for table in TABLES)
 NUMBERS = {"nan": np.nan, "inf": np.inf}
