@@ -273,7 +273,7 @@ def vector(name: str, value: Any, channels: int) -> NDArray[np.floating[Any]]:
         raise TypeError(f"{name}: expected real floating-point numbers, got {kind(value)} of {result.dtype}")
     if result.shape != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), one value per channel, got {shape(result.shape)}")
-    return result
+    return result.astype(np.float64) if integers else result
 
 
 def out_dtype(value: Any) -> np.dtype[Any] | None:

@@ -358,11 +358,30 @@ def test_every_error_has_a_text():
 
 # ---- compiled modules -------------------------------------------------------------------------------
 
-C_MODULE = """
-#include <Python.h>
-#include <bn_c/bn_c.h>
 
-static const bn_api *bn;
+def snippet(language):
+    """What the README has in this language."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    return text.partition(f"```{language}\n")[2].partition("```")[0]
+
+
+C_MODULE = """
+static PyObject *frames_to_planes(PyObject *self, PyObject *args)
+{
+    Py_buffer params, x, y;
+    PyObject *frames;
+    int error = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*Ow*", &params, &frames, &y))
+        return NULL;
+    if (PyObject_GetBuffer(frames, &x, PyBUF_ND) == 0) {
+        error = to_planes((const bn_params *)params.buf, (unsigned char *)x.buf, (float *)y.buf, x.shape);
+        PyBuffer_Release(&x);
+    }
+    PyBuffer_Release(&params);
+    PyBuffer_Release(&y);
+    return PyErr_Occurred() ? NULL : PyLong_FromLong(error);
+}
 
 /* normalize(params, x, axis, out): float32 arrays of any strides */
 static PyObject *normalize(PyObject *self, PyObject *args)
@@ -413,6 +432,7 @@ static PyObject *connect(PyObject *self, PyObject *none)
 
 static PyMethodDef methods[] = {
     {"normalize", normalize, METH_VARARGS, NULL},
+    {"frames_to_planes", frames_to_planes, METH_VARARGS, NULL},
     {"constants", constants, METH_NOARGS, NULL},
     {"connect", connect, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -424,35 +444,6 @@ PyMODINIT_FUNC PyInit_face(void)
 {
     return PyModule_Create(&module);
 }
-"""
-
-CYTHON_MODULE = """
-from libc.stdlib cimport free, malloc
-from bn_c cimport BN_FLOAT32, bn_api, bn_array, bn_c_import, bn_params
-
-cdef const bn_api *bn = bn_c_import()           # ImportError if the installed bn_c does not fit
-
-
-def whiten(float[:, :] x):
-    '''Gives every column mean 0 and variance 1, in place.'''
-    cdef Py_ssize_t count, c, columns = x.shape[1]
-    cdef bn_array array = bn_array(&x[0, 0], BN_FLOAT32, 2, &x.shape[0], &x.strides[0])
-    cdef double *mean = <double *> malloc(2 * columns * sizeof(double))
-    cdef double *var = mean + columns
-    cdef bn_params *params = <bn_params *> malloc(bn.params_size(columns))
-    cdef int error
-    with nogil:
-        error = bn.moments(&array, 1, &count, mean, var)
-        if not error:
-            for c in range(columns):
-                var[c] /= count
-            error = bn.fold(params, columns, mean, var, NULL, NULL, 1e-5)
-        if not error:
-            error = bn.normalize(params, &array, 1, NULL, NULL, &array)
-    free(mean)
-    free(params)
-    if error:
-        raise ValueError(bn.error_text(error).decode())
 """
 
 HEADERS = Path(sysconfig.get_path("include"))
@@ -478,7 +469,7 @@ def compiled(folder, name, source, language, *flags):
 @pytest.fixture(scope="module", params=["c", "c++"])
 def face(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("face")
-    (folder / "face.c").write_text(C_MODULE)
+    (folder / "face.c").write_text(snippet("c") + C_MODULE)
     return compiled(folder, "face", folder / "face.c", request.param, "-Wall", "-Wextra", "-Werror")
 
 
@@ -514,6 +505,14 @@ def test_a_module_in_c(face, rng, axis):
         face.normalize(folded([1], [4]), x, 4, out)
 
 
+def test_frames_to_planes(face, rng):
+    face.connect()
+    frames, planes = values(rng, (2, 5, 6, 3), "uint8"), np.zeros((2, 3, 5, 6), "f4")
+    assert face.frames_to_planes(folded([1, 2, 3], [4, 5, 6]), frames, planes) == OK
+    expected = bn_c.batch_norm_inference(frames, [1, 2, 3], [4, 5, 6], axis=-1)
+    np.testing.assert_array_equal(planes, np.moveaxis(expected, -1, 1))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -540,7 +539,7 @@ def test_a_longer_table(face, monkeypatch):
 
 def test_a_module_in_cython(tmp_path, rng):
     pytest.importorskip("Cython")
-    (tmp_path / "whitening.pyx").write_text(CYTHON_MODULE)
+    (tmp_path / "whitening.pyx").write_text(snippet("cython"))
     # Cython finds bn_c where Python does, if that is a path: so it is of editable installs too.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     command = [sys.executable, "-m", "cython", "-3", "-Werror", "whitening.pyx"]
