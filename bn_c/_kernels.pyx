@@ -6,8 +6,8 @@
 
 a. Everything happens in blocks that stay in L1. A block that is not a run of floats (half, integers,
    strides) is loaded into a buffer of floats first, one that is not stored as such is stored from it.
-b. Statistics are sums of deviations, and of their squares, from a center near the mean: that of a sample
-   taken all over the channel. A center that proves to be more than a quarter of a standard deviation off is
+b. Statistics are sums of deviations, and of their squares, from a center near the mean, which a sample taken
+   all over the channel tells. A center that proves to be more than a quarter of a standard deviation off is
    replaced by the mean found, and the sums are taken again.
    They are kept in columns: x is seen as a table whose columns have one channel each. Rows of channels are
    that as they are, few channels several rows at a time; short planes, several side by side; a long plane is cut

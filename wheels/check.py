@@ -119,8 +119,9 @@ def problems(wheel: Path):
         found = constant(inside.read_text(), "__version__") if inside.exists() else None
         if not version == found == expected:
             yield f"version {version} in the name, {found} in bn_c, {expected} in the sources"
-        if not (root / "bn_c/py.typed").exists():
-            yield "py.typed is missing"
+        for name in ("py.typed", "__init__.pxd", "include/bn_c/bn_c.h"):
+            if not (root / "bn_c" / name).exists():
+                yield f"{name} is missing"
         if libraries := [path.name for path in root.rglob("*.libs")]:
             yield f"brings libraries: {', '.join(libraries)}"
 

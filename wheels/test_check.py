@@ -73,6 +73,7 @@ def test_name(wheel, contents, disassembled, old, new, problem):
     ("wrong", "problem"),
     [
         (lambda root: (root / "bn_c/py.typed").unlink(), "py.typed is missing"),
+        (lambda root: (root / "bn_c/include/bn_c/bn_c.h").unlink(), "include/bn_c/bn_c.h is missing"),
         (lambda root: (root / "bn_c/_core.abi3.so").unlink(), "_core.abi3.so is missing"),
         (lambda root: shutil.copy(root / "bn_c/_core.abi3.so", root / "bn_c/other.so"), "other.so does not belong"),
         (lambda root: (root / "bn_c.libs").mkdir(), "brings libraries: bn_c.libs"),
