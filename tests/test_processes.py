@@ -208,6 +208,7 @@ def assert_interrupts(timer, layer, x, y):
 
 def interrupted(num_threads):
     """Ctrl-C arrives when no thread writes to out any more."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     layer = bn_c.BatchNorm(5, num_threads=num_threads)
     x = np.broadcast_to(np.float32(1), (10, 5, 1000, 100))
     y = np.empty(x.shape, "f4")
