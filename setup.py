@@ -18,7 +18,8 @@ ISAS = {
         "x86_64_v3": ["-march=x86-64-v3"],
         "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=256"],
     },
-    "aarch64": {"aarch64": []},
+    # Small cores run instructions in their order: loops must offer several that do not wait for each other.
+    "aarch64": {"aarch64": ["-funroll-loops"]},
 }
 # Contraction would round differently where the CPU has FMA; errno and traps, which nothing here reads,
 # keep loops from being vectorised. None of the three changes a result.
@@ -54,7 +55,7 @@ def extension(module: str, source: str, flags: list[str]) -> Extension:
     )[0]
     # Set here, as Cython drops `optional` and hands the flags on to the next module of the same source.
     built.extra_compile_args = ["-g0", *FLAGS, *flags]
-    built.optional = bool(flags)
+    built.optional = any(flag.startswith("-march") for flag in flags)
     return built
 
 

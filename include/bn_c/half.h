@@ -6,6 +6,7 @@
 #ifndef BN_C_HALF_H
 #define BN_C_HALF_H
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -118,6 +119,40 @@ static inline void bn_halves_from_floats(const float *floats, uint16_t *halves, 
     }
 }
 
+#if defined(__aarch64__)
+/* The function below from `i` on, in steps of 4 * count, whose parts do not wait for each other: small cores
+ * run instructions in their order. Returns where it ends. */
+static inline ptrdiff_t bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n,
+                                             const float *center, const float *scale, const float *shift,
+                                             const int step, float low, float high, const int count)
+{
+    const int bounded = low > -INFINITY || high < INFINITY;
+    const float32x4_t lows = vdupq_n_f32(low), highs = vdupq_n_f32(high);
+    float32x4_t c = vdupq_n_f32(*center), a = vdupq_n_f32(*scale), b = vdupq_n_f32(*shift);
+    for (; i + 4 * count <= n; i += 4 * count) {
+        uint16x4_t halves[4];
+        for (int j = 0; j < count; j++) {
+            const ptrdiff_t at = i + 4 * j;
+            if (step) {
+                c = vld1q_f32(center + at);
+                a = vld1q_f32(scale + at);
+                b = vld1q_f32(shift + at);
+            }
+            float32x4_t t = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + at)));
+            t = vaddq_f32(vmulq_f32(vsubq_f32(t, c), a), b);
+            if (bounded) {
+                t = vbslq_f32(vcltq_f32(t, lows), lows, t);
+                t = vbslq_f32(vcgtq_f32(t, highs), highs, t);
+            }
+            halves[j] = vreinterpret_u16_f16(vcvt_f16_f32(t));
+        }
+        for (int j = 0; j < count; j++)
+            vst1_u16(y + i + 4 * j, halves[j]);
+    }
+    return i;
+}
+#endif
+
 /* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory,
  * for as many whole steps as there are; returns how many elements these were. `step` is 1 where each element
  * has its own coefficients, 0 where all have one. NaN stays NaN: the bound is taken only if y compares beyond
@@ -153,21 +188,9 @@ static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrd
         }
     }
 #elif defined(__aarch64__)
-    const float32x4_t lows = vdupq_n_f32(low), highs = vdupq_n_f32(high);
-    float32x4_t c = vdupq_n_f32(*center), a = vdupq_n_f32(*scale), b = vdupq_n_f32(*shift);
     (void)stream;
-    for (; i + 4 <= n; i += 4) {
-        if (step) {
-            c = vld1q_f32(center + i);
-            a = vld1q_f32(scale + i);
-            b = vld1q_f32(shift + i);
-        }
-        float32x4_t t = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i)));
-        t = vaddq_f32(vmulq_f32(vsubq_f32(t, c), a), b);
-        t = vbslq_f32(vcltq_f32(t, lows), lows, t);
-        t = vbslq_f32(vcgtq_f32(t, highs), highs, t);
-        vst1_u16(y + i, vreinterpret_u16_f16(vcvt_f16_f32(t)));
-    }
+    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, 4);
+    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, 1);
 #endif
     return i;
 }
