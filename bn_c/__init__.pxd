@@ -64,6 +64,9 @@ cdef extern from "bn_c/bn_c.h" nogil:
             const bn_activation *activation, const bn_array *out) noexcept nogil
         int (*moments)(const bn_array *x, int axis, Py_ssize_t *count, double *mean, double *m2) noexcept nogil
         const char *(*error_text)(int error) noexcept nogil
+        int (*normalize_images)(
+            const bn_array *frames, const float *scale, const float *shift, int reverse, int channels_last,
+            const bn_array *out) noexcept nogil
 
 cdef extern from "bn_c/bn_c.h":
     const bn_api *bn_c_import() except NULL

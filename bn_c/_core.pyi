@@ -8,6 +8,7 @@ from bn_c._checks import Activation
 Doubles = NDArray[np.float64]
 
 c_api: object
+max_channels: int
 
 def cpu_runs(isa: str) -> bool: ...
 def use(capsule: object, cache: int) -> None: ...

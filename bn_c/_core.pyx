@@ -855,6 +855,11 @@ cdef enum:
     WIDTH
     CHANNEL
 
+cdef enum:
+    MAX_CHANNELS = 1024
+
+max_channels = MAX_CHANNELS
+
 
 cdef int take_typed(Py_buffer *view, Operand *operand, str name, array, bint writable, dtype, int type) except -1:
     """As `take_array`, of one dtype."""
@@ -865,7 +870,17 @@ cdef int take_typed(Py_buffer *view, Operand *operand, str name, array, bint wri
     raise _checks.other_dtype(name, array, dtype)
 
 
-cdef void set_strides(Py_ssize_t *to, const Py_buffer *view, bint channels_last) noexcept:
+cdef void set_out_shape(Py_ssize_t *to, const Py_buffer *x, bint channels_last) noexcept nogil:
+    """Of y for frames of shape (height, width, channels), with or without a batch before them."""
+    cdef int height = x.ndim - 3
+    memcpy(to, x.shape, x.ndim * sizeof(Py_ssize_t))
+    if not channels_last:
+        to[height] = x.shape[height + 2]
+        to[height + 1] = x.shape[height]
+        to[height + 2] = x.shape[height + 1]
+
+
+cdef void set_strides(Py_ssize_t *to, const Py_buffer *view, bint channels_last) noexcept nogil:
     """Of (batch, height, width, channels), whatever the order in the array, which may be without a batch."""
     cdef int none = 4 - view.ndim
     to[0] = 0 if none else view.strides[0]
@@ -885,6 +900,25 @@ cdef void join_width(Images *images, int dim) noexcept nogil:
         return
     images.shape[WIDTH] *= images.shape[dim]
     images.shape[dim] = 1
+
+
+cdef void lay_out_images(
+    Images *images, const Py_buffer *x, const Py_buffer *out, bint reverse, bint channels_last,
+) noexcept nogil:
+    cdef int d
+    images.shape[0] = x.shape[0] if x.ndim == 4 else 1
+    for d in range(HEIGHT, 4):
+        images.shape[d] = x.shape[x.ndim - 4 + d]
+    images.x = <const char *> x.buf
+    images.out = <char *> out.buf
+    set_strides(images.x_strides, x, True)
+    set_strides(images.out_strides, out, channels_last)
+    if reverse:
+        images.x += (images.shape[CHANNEL] - 1) * images.x_strides[CHANNEL]
+        images.x_strides[CHANNEL] = -images.x_strides[CHANNEL]
+    join_width(images, HEIGHT)
+    if images.shape[HEIGHT] == 1:
+        join_width(images, 0)
 
 
 cdef void run_images(const Images *images) noexcept nogil:
@@ -950,44 +984,28 @@ cdef class Pixels:
         self.reverse = reverse
         self.channels_last = channels_last
 
-    cdef tuple out_shape(self, const Py_buffer *x):
-        batch = tuple([x.shape[d] for d in range(x.ndim - 3)])
-        height, width, channels = x.shape[x.ndim - 3], x.shape[x.ndim - 2], x.shape[x.ndim - 1]
-        return batch + ((height, width, channels) if self.channels_last else (channels, height, width))
-
     cdef int set_images(self, Images *images, const Py_buffer *x, const Py_buffer *out) except -1:
-        cdef int d
-        images.shape[0] = x.shape[0] if x.ndim == 4 else 1
-        for d in range(HEIGHT, 4):
-            images.shape[d] = x.shape[x.ndim - 4 + d]
-        images.x = <const char *> x.buf
-        images.out = <char *> out.buf
-        set_strides(images.x_strides, x, True)
-        set_strides(images.out_strides, out, self.channels_last)
-        if self.reverse:
-            images.x += (self.channels - 1) * images.x_strides[CHANNEL]
-            images.x_strides[CHANNEL] = -images.x_strides[CHANNEL]
+        lay_out_images(images, x, out, self.reverse, self.channels_last)
         images.type = self.type
         images.scale = &self.linear[0, 0]
         images.shift = &self.linear[1, 0]
         images.in_table = self.in_table
         images.table = NULL if self.table is None else <const char *> &self.table[0, 0]
-        join_width(images, HEIGHT)
-        if images.shape[HEIGHT] == 1:
-            join_width(images, 0)
         return 0
 
     def __call__(self, frame, out, int threads):
         """(H, W, C) or (N, H, W, C), normalised; `out` or a new array."""
         cdef Arrays arrays
         cdef Operand operand
+        cdef Py_ssize_t[4] sizes
         cdef Images images
         memset(&arrays, 0, sizeof(arrays))
         try:
             take_typed(&arrays.x, &operand, "frame", frame, False, np.dtype(np.uint8), UINT8)
             if arrays.x.ndim not in (3, 4) or arrays.x.shape[arrays.x.ndim - 1] != self.channels:
                 raise _checks.wrong_frame([arrays.x.shape[d] for d in range(arrays.x.ndim)], self.channels)
-            shape = self.out_shape(&arrays.x)
+            set_out_shape(sizes, &arrays.x, self.channels_last)
+            shape = tuple([sizes[d] for d in range(arrays.x.ndim)])
             given = out is not None
             if not given:
                 out = np.empty(shape, self.dtype)
@@ -1193,23 +1211,65 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
     return BN_OK
 
 
+cdef int normalize_images_from_c(
+    const bn_array *frames, const float *scale, const float *shift, int reverse, int channels_last, const bn_array *out,
+) noexcept nogil:
+    cdef Py_buffer x, y, like
+    cdef Operand operand
+    cdef Py_ssize_t[2][MAX_NDIM] gapless
+    cdef Py_ssize_t[4] shape
+    cdef Images images
+    cdef int error
+    if scale == NULL or shift == NULL:
+        return BN_NULL
+    error = take_from_c(&x, &operand, frames, gapless[0], True, NULL)
+    if error != BN_OK:
+        return error
+    if operand.type != UINT8:
+        return BN_BAD_TYPE
+    if x.ndim != 3 and x.ndim != 4:
+        return BN_BAD_NDIM
+    if not 1 <= x.shape[x.ndim - 1] <= MAX_CHANNELS:
+        return BN_BAD_CHANNELS
+    set_out_shape(shape, &x, channels_last)
+    like.ndim = x.ndim
+    like.shape = shape
+    error = take_from_c(&y, &operand, out, gapless[1], False, &like)
+    if error != BN_OK:
+        return error
+    if operand.type != FLOAT32:
+        return BN_BAD_TYPE
+    if elements(&x) == 0:
+        return BN_OK
+    if overlaps_itself(&y) or not is_apart_or_same(&x, &y):
+        return BN_OVERLAP
+    lay_out_images(&images, &x, &y, reverse, channels_last)
+    images.type = FLOAT32
+    images.scale = scale
+    images.shift = shift
+    images.in_table = False
+    images.table = NULL
+    run_images(&images)
+    return BN_OK
+
+
 cdef const char *error_text_for_c(int error) noexcept nogil:
     if error == BN_OK:
         return "no error"
     if error == BN_NULL:
         return "expected an argument with data and a shape, got NULL"
     if error == BN_BAD_CHANNELS:
-        return "channels: expected 0 or more, as many as the parameters have"
+        return "channels: expected 0 or more, as many as the parameters have; frames: 1 to 1024"
     if error == BN_BAD_EPS:
         return "eps: expected a finite number >= 0"
     if error == BN_BAD_PARAMS:
         return "params: expected memory aligned to 8 bytes that fold has filled"
     if error == BN_BAD_TYPE:
-        return "type: expected float32, float16 or, for x alone, uint8, int8, uint16 or int16"
+        return "type: expected float32, float16 or, for x alone, uint8, int8, uint16 or int16; frames: uint8 to float32"
     if error == BN_BAD_NDIM:
-        return "ndim: expected 1 to 32 dimensions"
+        return "ndim: expected 1 to 32 dimensions; frames: 3 or 4"
     if error == BN_BAD_SHAPE:
-        return "shape: expected sizes >= 0, the same for x, residual and out"
+        return "shape: expected sizes >= 0, the same for x, residual and out; frames: those of out as channels_last says"
     if error == BN_BAD_AXIS:
         return "axis: expected -ndim to ndim - 1"
     if error == BN_BAD_ACTIVATION:
@@ -1217,7 +1277,7 @@ cdef const char *error_text_for_c(int error) noexcept nogil:
     if error == BN_UNALIGNED:
         return "expected aligned elements, got unaligned data or strides"
     if error == BN_OVERLAP:
-        return "out: expected x or residual itself or memory apart from both, got an overlap"
+        return "out: expected x or residual itself or memory apart from both, got an overlap; frames: apart"
     if error == BN_NO_MEMORY:
         return "out of memory"
     return "unknown error"
@@ -1231,4 +1291,5 @@ api.fold = fold_from_c
 api.normalize = normalize_from_c
 api.moments = moments_from_c
 api.error_text = error_text_for_c
+api.normalize_images = normalize_images_from_c
 c_api = PyCapsule_New(&api, "bn_c._core.c_api", NULL)

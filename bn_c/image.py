@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bn_c import _checks, _core, _threads, definition
 
-MAX_CHANNELS = 1024
+MAX_CHANNELS = _core.max_channels
 LAYOUTS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float16", "uint8", "int8")
 SAFE = (1e-30, 1e30)  # magnitudes whose products and sums keep the full precision of float32

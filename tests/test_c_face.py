@@ -63,6 +63,10 @@ class Api(ctypes.Structure):
         ),
         ("moments", CFUNCTYPE(c_int, POINTER(Array), c_int, c_void_p, c_void_p, c_void_p)),
         ("error_text", CFUNCTYPE(c_char_p, c_int)),
+        (
+            "normalize_images",
+            CFUNCTYPE(c_int, POINTER(Array), c_void_p, c_void_p, c_int, c_int, POINTER(Array)),
+        ),
     )
 
 
@@ -109,6 +113,11 @@ def moments(x, axis):
     count, mean, m2 = c_ssize_t(-1), np.empty(channels), np.empty(channels)
     assert api.moments(described(x), axis, byref(count), address(mean), address(m2)) == OK
     return {"count": count.value, "mean": mean.tolist(), "m2": m2.tolist()}
+
+
+def normalize_images(frames, scale, shift, out, reverse=False, channels_last=False):
+    frames, out = (a if isinstance(a, Array) else described(a) for a in (frames, out))
+    return api.normalize_images(frames, address(scale), address(shift), reverse, channels_last, out)
 
 
 def values(rng, shape, dtype):
@@ -173,6 +182,45 @@ def test_mini_batches_of_several_pieces(isa, rng, shape, axis):
     out = np.empty_like(x)
     assert normalize(folded(stats["mean"], np.array(stats["m2"]) / stats["count"]), x, axis, out) == OK
     np.testing.assert_array_equal(out, bn_c.batch_norm(x, axis=axis))
+
+
+FRAMES = {
+    "gapless": lambda a: a,
+    "crop": lambda a: a[..., 3:-2, 5:-4, :],
+    "flipped": lambda a: a[..., ::-1, ::-1, :],
+    "every other": lambda a: a[..., ::2, ::3, :],
+    "planes": lambda a: np.moveaxis(np.moveaxis(a, -1, 0).copy(), 0, -1),
+    "broadcast": lambda a: np.broadcast_to(a[..., :1, :, :], a.shape),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5, 1024])
+@pytest.mark.parametrize("layout", FRAMES.values(), ids=FRAMES)
+def test_frames(isa, rng, channels, layout):
+    mean, std = rng.uniform(0.2, 0.8, channels), rng.uniform(0.1, 0.5, channels)
+    scale, shift = (1 / 255 / std).astype("f4"), (-mean / std).astype("f4")
+    for batch, last, reverse in itertools.product(((), (1,), (2,)), (False, True), (False, True)):
+        frames = layout(values(rng, (*batch, 11, 40 if channels < 9 else 13, channels), "uint8"))
+        prep = bn_c.ImageNormalizer(mean, std, reverse_channels=reverse, layout="NHWC" if last else "NCHW")
+        expected = prep(frames)
+        for out in (np.empty_like(expected), np.empty((*expected.shape, 2), "f4")[..., 0]):
+            assert normalize_images(frames, scale, shift, out, reverse, last) == OK
+            np.testing.assert_array_equal(out, expected)
+
+
+def test_strides_of_frames_may_be_left_out(rng):
+    frames, out = values(rng, (2, 5, 6, 3), "uint8"), np.empty((2, 3, 5, 6), "f4")
+    scale, shift = np.eye(2, 3, dtype="f4")
+    arrays = described(frames, strides=None), described(out, strides=None)
+    assert normalize_images(arrays[0], scale, shift, arrays[1]) == OK
+    np.testing.assert_array_equal(out, np.moveaxis(frames * scale + shift, -1, 1))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (0, 4, 4, 3)])
+def test_no_pixels(shape):
+    ones = np.ones(3, "f4")
+    frames, out = np.empty(shape, "u1"), np.empty(shape, "f4")
+    assert normalize_images(described(frames, data=None), ones, ones, described(out, data=None), False, True) == OK
 
 
 def test_gamma_and_beta_may_be_absent(rng):
@@ -350,6 +398,55 @@ def test_overlaps():
     assert normalize(params, x, 1, apart) == OK
 
 
+@pytest.mark.parametrize("argument", ["frames", "out"])
+def test_frames_that_do_not_fit(argument):
+    ones = np.ones(3, "f4")
+    frames = np.zeros((4, 3, 3), "u1")
+    for case, changes, error in array_errors(frames if argument == "frames" else X, argument == "frames"):
+        if error == UNALIGNED and argument == "frames":
+            continue
+        out = np.full((3, 4, 3), 7, "f4")
+        arrays = {"frames": frames, "out": out}
+        arrays[argument] = described(arrays[argument], **changes)
+        assert normalize_images(scale=ones, shift=ones, **arrays) == error, case
+        assert (out == 7).all()
+
+
+def test_other_arguments_that_do_not_fit_frames():
+    ones, frames, out = np.ones(1025, "f4"), np.zeros((4, 6, 3), "u1"), np.full((3, 4, 6), 7, "f4")
+    for missing in range(4):
+        given = [frames, ones, ones, out]
+        given[missing] = None
+        assert normalize_images(*given) == NULL
+    for dtype in set(TYPES) - {"uint8"}:
+        assert normalize_images(frames.astype(dtype), ones, ones, out) == BAD_TYPE
+    for dtype in set(TYPES) - {"float32"}:
+        assert normalize_images(frames, ones, ones, out.astype(dtype)) == BAD_TYPE
+    for shape in ((12,), (12, 3), (1, 1, 4, 6, 3)):
+        assert normalize_images(np.zeros(shape, "u1"), ones, ones, out) == BAD_NDIM
+    for channels in (0, 1025):
+        arrays = np.zeros((4, 6, channels), "u1"), np.zeros((channels, 4, 6), "f4")
+        assert normalize_images(arrays[0], ones, ones, arrays[1]) == BAD_CHANNELS
+    assert normalize_images(frames, ones, ones, out, channels_last=True) == BAD_SHAPE
+    for shape in ((4, 6, 3), (3, 6, 4), (3, 4, 5), (1, 3, 4, 6), (3, 24)):
+        assert normalize_images(frames, ones, ones, np.zeros(shape, "f4")) == BAD_SHAPE
+    assert normalize_images(frames[None], ones, ones, np.zeros((2, 3, 4, 6), "f4")) == BAD_SHAPE
+    assert (out == 7).all()
+
+
+def test_overlaps_of_frames():
+    ones, memory = np.ones(3, "f4"), np.full(1000, 7, "u1")
+    out = memory[400:688].view("f4").reshape(3, 4, 6)
+    for start, error in ((328, OK), (329, OVERLAP), (400, OVERLAP), (687, OVERLAP), (688, OK)):
+        memory[:] = 7
+        frames = memory[start : start + 72].reshape(4, 6, 3)
+        assert normalize_images(frames, ones, ones, out) == error
+        assert (memory == 7).all() == (error == OVERLAP)
+    memory[:] = 7
+    assert normalize_images(memory[:72].reshape(4, 6, 3), ones, ones, described(out, strides=(0, 24, 4))) == OVERLAP
+    assert (memory == 7).all()
+
+
 def test_every_error_has_a_text():
     texts = [api.error_text(error).decode() for error in range(NO_MEMORY + 1)]
     assert len(set(texts)) == len(texts)
@@ -368,17 +465,16 @@ def snippet(language):
 C_MODULE = """
 static PyObject *frames_to_planes(PyObject *self, PyObject *args)
 {
-    Py_buffer params, x, y;
+    Py_buffer x, y;
     PyObject *frames;
     int error = 0;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*Ow*", &params, &frames, &y))
+    if (!PyArg_ParseTuple(args, "Ow*", &frames, &y))
         return NULL;
     if (PyObject_GetBuffer(frames, &x, PyBUF_ND) == 0) {
-        error = to_planes((const bn_params *)params.buf, (unsigned char *)x.buf, (float *)y.buf, x.shape);
+        error = to_planes((unsigned char *)x.buf, x.shape[0], x.shape[1], x.shape[2], (float *)y.buf);
         PyBuffer_Release(&x);
     }
-    PyBuffer_Release(&params);
     PyBuffer_Release(&y);
     return PyErr_Occurred() ? NULL : PyLong_FromLong(error);
 }
@@ -415,10 +511,11 @@ static PyObject *normalize(PyObject *self, PyObject *args)
 static PyObject *constants(PyObject *self, PyObject *none)
 {
     (void)self, (void)none;
-    return Py_BuildValue("{si si si si si si si si si}", "abi", BN_C_ABI, "array", (int)sizeof(bn_array),
+    return Py_BuildValue("{si si si si si si si si si si}", "abi", BN_C_ABI, "array", (int)sizeof(bn_array),
                          "activation", (int)sizeof(bn_activation), "api", (int)sizeof(bn_api), "normalize",
-                         (int)offsetof(bn_api, normalize), "text", (int)offsetof(bn_api, error_text), "int16",
-                         BN_INT16, "hard_swish", BN_HARD_SWISH, "no_memory", BN_NO_MEMORY);
+                         (int)offsetof(bn_api, normalize), "text", (int)offsetof(bn_api, error_text), "images",
+                         (int)offsetof(bn_api, normalize_images), "int16", BN_INT16, "hard_swish", BN_HARD_SWISH,
+                         "no_memory", BN_NO_MEMORY);
 }
 
 static PyObject *connect(PyObject *self, PyObject *none)
@@ -486,6 +583,7 @@ def test_the_header_and_this_file_agree(face):
         "api": ctypes.sizeof(Api),
         "normalize": Api.normalize.offset,
         "text": Api.error_text.offset,
+        "images": Api.normalize_images.offset,
         "int16": TYPES["int16"],
         "hard_swish": HARD_SWISH,
         "no_memory": NO_MEMORY,
@@ -508,9 +606,9 @@ def test_a_module_in_c(face, rng, axis):
 def test_frames_to_planes(face, rng):
     face.connect()
     frames, planes = values(rng, (2, 5, 6, 3), "uint8"), np.zeros((2, 3, 5, 6), "f4")
-    assert face.frames_to_planes(folded([1, 2, 3], [4, 5, 6]), frames, planes) == OK
-    expected = bn_c.batch_norm_inference(frames, [1, 2, 3], [4, 5, 6], axis=-1)
-    np.testing.assert_array_equal(planes, np.moveaxis(expected, -1, 1))
+    assert face.frames_to_planes(frames, planes) == OK
+    expected = bn_c.ImageNormalizer.imagenet(reverse_channels=True)(frames)
+    np.testing.assert_array_equal(planes, expected)
 
 
 @pytest.mark.parametrize(
