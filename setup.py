@@ -23,7 +23,7 @@ ISAS = {
 }
 # Contraction would round differently where the CPU has FMA; errno and traps, which nothing here reads,
 # keep loops from being vectorised. None of the three changes a result.
-FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,
@@ -62,9 +62,9 @@ def extension(module: str, source: str, flags: list[str]) -> Extension:
 isas = ISAS.get(machine, {"generic": []})
 setup(
     ext_modules=[
-        extension("_core", "_core", []),
+        extension("_core", "_core", ["-O2"]),
         # A compiler too old for a set leaves it out; `bn_c.supported_isas()` then does not list it.
-        *(extension(f"_kernels_{isa}", "_kernels", flags) for isa, flags in isas.items()),
+        *(extension(f"_kernels_{isa}", "_kernels", ["-O3", *flags]) for isa, flags in isas.items()),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {},
 )

@@ -127,7 +127,13 @@ def problems(wheel: Path):
 
         isas = constant((SOURCE / "setup.py").read_text(), "ISAS")[arch]
         suffix = "abi3.so" if abi == "abi3" else f"cpython-{abi[2:]}-{arch}-linux-{LIBC[libc]}.so"
-        flags = {f"bn_c/_core.{suffix}": [], **{f"bn_c/_kernels_{isa}.{suffix}": isas[isa] for isa in isas}}
+        flags = {
+            f"bn_c/_core.{suffix}": [],
+            **{
+                f"bn_c/_kernels_{isa}.{suffix}": [flag for flag in isas[isa] if flag.startswith("-march")]
+                for isa in isas
+            },
+        }
         files = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
         binaries = {name: path for name, path in files.items() if path.read_bytes()[:4] == b"\x7fELF"}
         yield from (f"{name} is missing" for name in sorted(flags.keys() - binaries))
