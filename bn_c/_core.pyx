@@ -1269,7 +1269,7 @@ cdef const char *error_text_for_c(int error) noexcept nogil:
     if error == BN_BAD_NDIM:
         return "ndim: expected 1 to 32 dimensions; frames: 3 or 4"
     if error == BN_BAD_SHAPE:
-        return "shape: expected sizes >= 0, the same for x, residual and out; frames: those of out as channels_last says"
+        return "shape: expected sizes >= 0, the same for x, residual and out; frames: out as channels_last says"
     if error == BN_BAD_AXIS:
         return "axis: expected -ndim to ndim - 1"
     if error == BN_BAD_ACTIVATION:
@@ -1277,7 +1277,7 @@ cdef const char *error_text_for_c(int error) noexcept nogil:
     if error == BN_UNALIGNED:
         return "expected aligned elements, got unaligned data or strides"
     if error == BN_OVERLAP:
-        return "out: expected x or residual itself or memory apart from both, got an overlap; frames: apart"
+        return "out: expected x or residual itself or memory apart from all that is read, got an overlap"
     if error == BN_NO_MEMORY:
         return "out of memory"
     return "unknown error"

@@ -52,13 +52,13 @@ enum bn_error {
     BN_BAD_CHANNELS,   /* negative, too many, or another number than the parameters'; frames: not 1 to 1024 */
     BN_BAD_EPS,        /* negative or not finite */
     BN_BAD_PARAMS,     /* not from fold, or not aligned to 8 */
-    BN_BAD_TYPE,       /* no bn_type, or one that does not go there */
+    BN_BAD_TYPE,       /* no bn_type, or none for this argument */
     BN_BAD_NDIM,       /* not 1 to 32; frames: not 3 or 4 */
-    BN_BAD_SHAPE,      /* negative, too large, or not what that of x or frames asks for */
+    BN_BAD_SHAPE,      /* negative, too large, or another than x's; frames: than channels_last says */
     BN_BAD_AXIS,       /* not -ndim to ndim - 1 */
     BN_BAD_ACTIVATION, /* an unknown kind, low > high, NaN, or a slope that is not finite */
     BN_UNALIGNED,      /* data or strides are not multiples of the element's size */
-    BN_OVERLAP,        /* out with itself or frames, or with x or residual but the very same array */
+    BN_OVERLAP,        /* out with itself, frames, or x or residual unless that is the very same array */
     BN_NO_MEMORY,
 };
 
@@ -89,7 +89,7 @@ typedef struct {
     /* out = frames * scale[c] + shift[c] for channel c of out, as bn_c.ImageNormalizer does with
      * scale = (float)(1 / 255.0 / std), shift = (float)(-mean / std). frames: BN_UINT8, (height, width,
      * channels), or a batch of them; out: BN_FLOAT32 (halves would need a table), (channels, height, width),
-     * or as frames if channels_last. reverse turns BGR to RGB. All are apart from out. */
+     * or as frames if channels_last. reverse turns BGR to RGB. Nothing overlaps out. */
     int (*normalize_images)(const bn_array *frames, const float *scale, const float *shift, int reverse,
                             int channels_last, const bn_array *out);
 } bn_api;
