@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import bn_c
-from bn_c import bench
-from bn_c.commands import CommandError, image, run, stats
+from bn_c.commands import CommandError, bench, image, run, stats
 
-BENCH_EXAMPLE = "bn-c bench --quick --plot bench.png"
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -42,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, main, module, summary, example in (
         ("demo", _demo, None, "a small network on handwritten digits, before and after its sensor drifts", "bn-c demo"),
         ("info", _info, None, "version, instruction sets, threads, NumPy and Python", "BN_C_MAX_ISA=x86_64 bn-c info"),
-        ("bench", bench.main, bench, "time and error here, against NumPy and what else is installed", BENCH_EXAMPLE),
+        ("bench", bench.main, bench, "time and error here, against NumPy and what else is installed", bench.EXAMPLE),
         ("run", run.main, run, "normalises an array in a file, however large", run.EXAMPLE),
         ("stats", stats.main, stats, "mean and std of each channel of pictures or arrays, as JSON", stats.EXAMPLE),
         ("image", image.main, image, "a picture as the tensor that a network takes", image.EXAMPLE),

@@ -5,10 +5,14 @@ Every instruction set of this machine and every installed peer, in one process, 
 
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
+
+import numpy as np
 
 import bn_c
 from bn_c import _dispatch, bench
-from bn_c.bench import ALLOC, COPY, EPS, FOLDED, OUT, PEERS, PLAIN, Case, Contender
+from bn_c.bench import ALLOC, EPS, OUT, PEERS, Case, Way
+from bn_c.commands.bench import LEGEND, digits, duration, machine
 
 SECONDS = 6.0
 ISAS = bn_c.supported_isas()
@@ -35,42 +39,47 @@ SPEED = (
     Case("51 MB", NCHW, dtype="float16", batch=True),
     Case("51 MB", NHWC, -1, dtype="float16", batch=True),
     Case("6 MB", (8, 64, 56, 56), batch=True, fused=True),
+    Case("ImageNet", (1, 3, 224, 224), dtype="uint8"),
+    Case("1080p", (1, 3, 1080, 1920), dtype="uint8"),
 )
 
-# An awkward layout, and the friendly one of as many elements.
-_PLAIN = Case("contiguous", (8, 64, 56, 56))
-LAYOUTS = tuple(
-    (replace(awkward, batch=batch), replace(friendly, batch=batch))
-    for batch in (False, True)
-    for awkward, friendly in (
-        *((Case("channels last", (8, 224, 224, c), -1), Case("channels first", (8, c, 224, 224))) for c in (1, 3, 4)),
-        (Case("planes of 7 x 7", (32, 512, 7, 7)), Case("of 28 x 28", (32, 32, 28, 28))),
-        (Case("planes of 13 x 13", (32, 256, 13, 13)), Case("of 52 x 52", (32, 16, 52, 52))),
-        (replace(_PLAIN, name="x[..., ::2]", memory="strided"), _PLAIN),
-        (replace(_PLAIN, name="Fortran order", memory="F"), _PLAIN),
-    )
+
+def placed(place):
+    """Another x in memory, and an out as NumPy makes one for it."""
+    return lambda a: replace(a, x=place(a.x), out=np.zeros_like(place(a.x)))
+
+
+def far(a):
+    return replace(a, x=a.x + 1013, mean=a.mean + 1013)
+
+
+PLAIN = Case("contiguous", (8, 64, 56, 56))
+# Awkward layouts, and the friendly ones of as many elements.
+LAYOUTS = (
+    *((Case("channels last", (8, 224, 224, c), -1), None, Case("first", (8, c, 224, 224))) for c in (1, 3, 4)),
+    (Case("planes", (32, 512, 7, 7)), None, Case("planes", (32, 32, 28, 28))),
+    (Case("planes", (32, 256, 13, 13)), None, Case("planes", (32, 16, 52, 52))),
+    (replace(PLAIN, name="x[..., ::2]"), placed(lambda x: np.repeat(x, 2, -1)[..., ::2]), PLAIN),
+    (replace(PLAIN, name="Fortran order"), placed(np.asfortranarray), PLAIN),
 )
-
-TALL = Case("mean 1013, std 1", (1_000_000, 4), offset=1013.0)
-
-
-def own(case, arrays):
-    """bn_c on each instruction set: the best under its usual names, the others with theirs added."""
-    for isa in ISAS:
-        for c in bench.ours(case, arrays, 1):
-            name = c.name if isa == BEST else f"{c.name} {isa}"
-            yield replace(c, name=name, before=partial(_dispatch.use, isa))
+FAR = Case("mean 1013", (1_000_000, 4))
 
 
-def results(case):
-    arrays = bench.arrays(case)
-    mine = {OUT, ALLOC}
-    peers = [c for c in bench.contenders(case, arrays, 1) if c.name not in mine]
-    return bench.measure(case, arrays, [*own(case, arrays), *peers], SECONDS)
+def named(name, isa):
+    return name if isa == BEST else f"{name} {isa}"
 
 
-def of_isa(found, isa):
-    return found[OUT if isa == BEST else f"{OUT} {isa}"]
+def measured(case, change=None):
+    """bn_c on each instruction set, the best under its usual names, and the peers."""
+    a = bench.arrays(case)
+    if change:
+        a = change(a)
+    own = {
+        named(name, isa): replace(way, before=partial(_dispatch.use, isa))
+        for isa in ISAS
+        for name, way in bench.ours(case, a, 1).items()
+    }
+    return bench.measure(case, a, {**own, **bench.others(case, a, 1)}, SECONDS)
 
 
 def table(header, rows):
@@ -81,106 +90,80 @@ def table(header, rows):
     print()
 
 
-def versus(found, peer):
-    value = bench.ratio(found, peer)
-    if value is None:
-        return "-"
-    return f"**{bench.digits(value)}**" if value < 1 else bench.digits(value)
+def ratios(found):
+    """Of the peers; bold where bn_c loses."""
+    for value in map(found.ratio, PEERS):
+        yield "-" if value is None else f"**{digits(value)}**" if value < 1 else digits(value)
 
 
-def faster(found):
-    return ", ".join(peer for peer in PEERS if (bench.ratio(found, peer) or 1) < 1)
+def on_each(found, other):
+    """bn_c's times on each instruction set over those others."""
+    return ", ".join(digits(found.results[named(OUT, isa)].seconds / other(isa)) for isa in ISAS)
+
+
+COLUMNS = [peer.name for peer in PEERS]
+SETS = ", ".join(ISAS)
 
 
 def speed_row(case):
-    found = results(case)
-    copy = found[COPY].seconds
-    errors = [found[peer].error for peer in PEERS if peer in found]
+    found = measured(case)
+    errors = [found.results[peer.name].error for peer in found.peers]
     return (
         case.label,
-        bench.duration(found[OUT].seconds),
-        ", ".join(bench.digits(of_isa(found, isa).seconds / copy) for isa in ISAS),
-        bench.digits(found[ALLOC].seconds / copy),
-        *(versus(found, peer) for peer in PEERS),
-        bench.digits(found[OUT].error),
-        f"{bench.digits(min(errors))} .. {bench.digits(max(errors))}",
-        faster(found),
+        duration(found.results[OUT].seconds),
+        on_each(found, lambda _: found.copy),
+        digits(found.results[ALLOC].seconds / found.copy),
+        *ratios(found),
+        digits(found.results[OUT].error),
+        f"{digits(min(errors))} .. {digits(max(errors))}",
     )
 
 
 def speed():
-    header = (
-        "time of bn_c",
-        f"copy ({', '.join(ISAS)})",
-        "alloc",
-        *PEERS,
-        "error",
-        "error of others",
-        "faster than bn_c",
-    )
-    for group in dict.fromkeys(case.group for case in SPEED):
-        table((group, *header), (speed_row(case) for case in SPEED if case.group == group))
+    header = ("time of bn_c", f"x copy: {SETS}", "allocating", *COLUMNS, "error", "error of others")
+    for group, cases in groupby(SPEED, lambda case: case.group):
+        table((group, *header), map(speed_row, cases))
 
 
-def layout_row(awkward, friendly, friendly_results):
-    found = results(awkward)
-    return (
-        awkward.label,
-        friendly.label,
-        bench.duration(found[OUT].seconds),
-        ", ".join(bench.digits(of_isa(found, isa).seconds / of_isa(friendly_results, isa).seconds) for isa in ISAS),
-        *(versus(found, peer) for peer in PEERS),
-        faster(found),
-    )
+def layout_row(batch, awkward, change, friendly):
+    found, usual = measured(replace(awkward, batch=batch), change), measured(replace(friendly, batch=batch))
+    slower = on_each(found, lambda isa: usual.results[named(OUT, isa)].seconds)
+    return awkward.label, friendly.label, duration(found.results[OUT].seconds), slower, *ratios(found)
 
 
 def layouts():
-    known = {}
     for batch in (False, True):
-        rows = (
-            layout_row(awkward, friendly, known.get(friendly) or known.setdefault(friendly, results(friendly)))
-            for awkward, friendly in LAYOUTS
-            if awkward.batch == batch
-        )
-        header = (f"layout, {'batch statistics' if batch else 'inference'}", "friendly", "time of bn_c")
-        table((*header, f"/ friendly ({', '.join(ISAS)})", *PEERS, "faster than bn_c"), rows)
+        work = replace(PLAIN, batch=batch).group
+        header = (f"layouts, {work}", "friendly", "time of bn_c", f"/ friendly: {SETS}", *COLUMNS)
+        table(header, (layout_row(batch, *layout) for layout in LAYOUTS))
 
 
 def calls():
     case = Case("one call", (1, 64))
     a = bench.arrays(case)
-    given = partial(bn_c.batch_norm_inference, a.x, a.mean, a.var, a.gamma, a.beta, eps=EPS)
-    names = {OUT: "layer(x, out=y)", ALLOC: "layer(x)", FOLDED: "np.multiply, np.add with out=", PLAIN: "definition"}
-    mine = [replace(c, before=partial(_dispatch.use, BEST)) for c in bench.ours(case, a, 1)]
-    extra = [Contender("batch_norm_inference(..., out=y)", partial(given, out=a.out))]
-    peers = [c for c in bench.contenders(case, a, 1) if c.name not in {OUT, ALLOC}]
-    found = bench.measure(case, a, [*mine, *extra, *peers], SECONDS)
-    table(
-        (case.label, "time", "/ layer(x, out=y)"),
-        (
-            (names.get(name, name), bench.duration(r.seconds), bench.digits(r.seconds / found[OUT].seconds))
-            for name, r in found.items()
-        ),
-    )
+    function = partial(bn_c.batch_norm_inference, a.x, a.mean, a.var, a.gamma, a.beta, eps=EPS, out=a.out)
+    ways = {**bench.ours(case, a, 1), "batch_norm_inference(..., out=y)": Way(function), **bench.others(case, a, 1)}
+    _dispatch.use(BEST)
+    found = bench.measure(case, a, ways, SECONDS).results
+    rows = ((name, duration(r.seconds), digits(r.seconds / found[OUT].seconds)) for name, r in found.items())
+    table((case.label, "time", "/ bn_c's layer(x, out=y)"), rows)
 
 
 def accuracy():
-    for case in (replace(TALL, batch=True), TALL):
-        found = results(case)
-        table(
-            (f"{case.group}, {case.label}", "largest abs(y - exact)", "error", "time"),
-            (
-                (name, f"{r.deviation:.1e}", bench.digits(r.error), bench.duration(r.seconds))
-                for name, r in found.items()
-                if name in {OUT, *PEERS}
-            ),
+    for case in (replace(FAR, batch=True), FAR):
+        found = measured(case, far).results
+        rows = (
+            (name, digits(found[name].error), duration(found[name].seconds))
+            for name in (OUT, *COLUMNS)
+            if name in found
         )
+        table((f"{case.group}, {case.label}", "error", "time"), rows)
 
 
 def main():
-    for name, text in bench.machine(1).items():
+    for name, text in machine(1).items():
         print(f"- {name}: {text}")
-    print("\n```\n" + bench.LEGEND + "\n```\n")
+    print(f"\n```\n{LEGEND}\n```\n")
     speed()
     calls()
     layouts()

@@ -1,6 +1,5 @@
 """The command line, run as users run it."""
 
-import json
 import re
 import subprocess
 import sys
@@ -109,12 +108,3 @@ def test_progress_is_for_terminals(monkeypatch, capsys, tqdm):
             assert "0/40" in said.err
         else:
             assert said.err == "20 %\n50 %\n70 %\n100 %\n"
-
-
-@pytest.mark.slow
-def test_a_quick_benchmark(tmp_path):
-    file = tmp_path / "bench.json"
-    result = bn_c_command("bench", "--quick", "--json", str(file))
-    assert result.returncode == 0, result.stderr
-    assert "copy" in result.stdout
-    assert json.loads(file.read_text())

@@ -34,9 +34,11 @@ def positive(text: str) -> int:
     return number
 
 
-def output(text: str) -> Path:
+def output(text: str, suffix: str = "") -> Path:
     """A file that can be written; known before the work rather than after it."""
     path = Path(text)
+    if not text.lower().endswith(suffix):
+        raise argparse.ArgumentTypeError(f"expected FILE{suffix}, got {text!r}")
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,17 +25,12 @@ def decoded(path: str) -> Any:
         return operations.exif_transpose(image).convert("RGB")
 
 
-def _tensor(text: str) -> Path:
-    if not text.lower().endswith(".npy"):
-        raise argparse.ArgumentTypeError(f"expected FILE.npy, got {text!r}")
-    return output(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bn-c image`."""
     parser.description = "Decodes a picture and writes it as float32 (3, H, W), in RGB, normalised."
     parser.add_argument("picture", metavar="PICTURE", help="a file that Pillow reads")
-    parser.add_argument("-o", "--output", type=_tensor, required=True, metavar="FILE.npy", help="the tensor")
+    tensor = partial(output, suffix=".npy")
+    parser.add_argument("-o", "--output", type=tensor, required=True, metavar="FILE.npy", help="the tensor")
     parser.add_argument("--preset", choices=PRESETS, required=True, help="the mean and std of ImageNet; 0..1; -1..1")
     parser.add_argument("--size", type=positive, help="resize the shorter side to this and cut out the central square")
 
