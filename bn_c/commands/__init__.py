@@ -1,4 +1,4 @@
-"""The commands of `bn-c` that work on files, and what they share: errors, arguments, progress."""
+"""The commands of `bn-c`, and what they share: errors, arguments, progress."""
 
 from __future__ import annotations
 
