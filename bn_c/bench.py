@@ -28,7 +28,7 @@ Call = Callable[[], Any]
 
 EPS = 1e-5
 OUT, ALLOC = "bn_c", "bn_c, allocating"
-SAMPLE = 1e-3  # seconds; far above the resolution of clocks and the cost of reading them
+SAMPLE = 3e-4  # seconds: far above the resolution of clocks, below the time slices of busy machines
 ROUNDS = 7  # at least
 CHECKED = 1 << 21  # elements compared with the definition, so that float64 copies fit small boards
 
@@ -365,19 +365,25 @@ def measure(case: Case, a: Arrays, ways: Mapping[str, Way], seconds: float) -> M
 
 def _times(ways: Sequence[Way], seconds: float) -> list[float]:
     """Median seconds of a call of each: all in turn, round after round, for about that long."""
-    repeats = [math.ceil(SAMPLE / max(1e-7, min(_sample(way, 1) for _ in range(3)))) for way in ways]
+    samplers = [_sampler(way) for way in ways]
     samples: list[list[float]] = []
     end = perf_counter() + seconds
     while len(samples) < ROUNDS or perf_counter() < end:
-        samples.append([_sample(way, n) for way, n in zip(ways, repeats, strict=True)])
+        samples.append([sample() for sample in samplers])
     return [median(times) for times in zip(*samples, strict=True)]
 
 
-def _sample(way: Way, repeats: int) -> float:
-    way.before()
-    if repeats > 1:
-        way.call()  # so that work that fits a cache finds its arrays there
-    return Timer(way.call).timeit(repeats) / repeats
+def _sampler(way: Way) -> Callable[[], float]:
+    """What gives the seconds of a call, as the mean of calls that take about SAMPLE."""
+    timer = Timer(way.call)
+
+    def sample(repeats: int) -> float:
+        way.before()
+        if repeats > 1:
+            way.call()  # so that work that fits a cache finds its arrays there
+        return timer.timeit(repeats) / repeats
+
+    return partial(sample, math.ceil(SAMPLE / max(1e-7, min(sample(1) for _ in range(3)))))
 
 
 def _errors(case: Case, a: Arrays, ways: Mapping[str, Way]) -> list[float]:

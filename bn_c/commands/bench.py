@@ -25,7 +25,7 @@ EXAMPLE = "bn-c bench --quick --plot bench.png"
 SECONDS, SECONDS_QUICK = 4.0, 0.6  # of measuring, per case
 
 LEGEND = """\
-time     of one call of bn_c with out=; medians of interleaved rounds, samples of about 1 ms or more
+time     of one call of bn_c with out=; medians of interleaved rounds, samples of about 0.3 ms or more
 GB/s     x (and the residual) read once, y written once
 copy     time of bn_c with out= / time of np.copyto of such a y
 alloc    time of bn_c without out=, which makes a new y / time of np.copyto
