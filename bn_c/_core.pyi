@@ -13,7 +13,16 @@ max_channels: int
 def cpu_runs(isa: str) -> bool: ...
 def use(capsule: object, cache: int) -> None: ...
 def wake_threads_from(elements: int) -> int: ...
-def merge(mean: Doubles, m2: Doubles, count: int, other_mean: Doubles, other_m2: Doubles, other_count: int) -> None: ...
+def merge(
+    mean: Doubles,
+    rest: Doubles,
+    m2: Doubles,
+    count: int,
+    other_mean: Doubles,
+    other_rest: Doubles,
+    other_m2: Doubles,
+    other_count: int,
+) -> None: ...
 def normalize(
     x: NDArray[Any],
     folded: Folded,

@@ -138,7 +138,8 @@ cdef int take_array(Py_buffer *view, Operand *operand, str name, array, bint wri
     if view.ndim == 0 or view.ndim > MAX_NDIM:
         raise ValueError(f"{name}: expected 1 to {MAX_NDIM} dimensions, got {view.ndim}")
     if not is_aligned(view):
-        raise ValueError(f"{name}: expected aligned elements, got an unaligned array; pass {name}.copy()")
+        hint = "" if writable else f"; pass {name}.copy()"
+        raise ValueError(f"{name}: expected aligned elements, got an unaligned array{hint}")
     return 0
 
 
@@ -302,7 +303,7 @@ cdef enum:
     STD
     GAMMA
     BETA
-    VAR
+    VAR                 # of the mini-batch's statistics: the sums of squared deviations, as they merge
     EXACT_ROWS
 
 cdef enum:
@@ -422,16 +423,7 @@ cdef class Folded:
 
     def statistics(self):
         """Of the mini-batch that was normalised: elements per channel, mean, sum of squared deviations."""
-        cdef bn_fp_state state
-        cdef Py_ssize_t c
-        cdef double[::1] values
-        m2 = self.copy_of(VAR)
-        values = m2
-        bn_fp_enter(&state)
-        for c in range(self.channels):
-            values[c] *= self.count
-        bn_fp_leave(&state)
-        return self.count, self.copy_of(MEAN), m2
+        return self.count, self.copy_of(MEAN), self.copy_of(VAR)
 
 
 cdef dict activation_kinds = {
@@ -462,16 +454,23 @@ cdef struct Work:
     Job job                 # of NORMALIZE and BOTH
     Job statistics          # of MOMENTS and BOTH: x laid out by itself, so that their bits depend on x alone
     double *mean            # of MOMENTS
-    double *m2
-    double *var             # of BOTH
+    double *m2              # of MOMENTS and BOTH
     Py_ssize_t counted      # of MOMENTS: elements of each channel that the mask did not leave out
     double count            # of BOTH: the same, beforehand
     double eps
 
 
+cdef void fold_moments(Coefficients *k, Py_ssize_t channels, const double *m2, double count, double eps) noexcept nogil:
+    """As `fold`, of statistics as they merge. The variances need no place of their own: std comes where they were."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        k.std[c] = m2[c] / count
+    kernels.fold(k, channels, k.std, eps)
+
+
 cdef void normalize_units(const Work *work) noexcept nogil:
     cdef Job unit, statistics
-    cdef Py_ssize_t start = 0, stop, c
+    cdef Py_ssize_t start = 0, stop
     # Short planes that follow each other are read in runs of at least half a page.
     cdef Py_ssize_t step = max(
         <Py_ssize_t> 1, <Py_ssize_t> (UNIT / (work.count * 4)), RUN // max(work.statistics.inner, <Py_ssize_t> 1))
@@ -481,10 +480,8 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         statistics = work.statistics
         take_channels(&unit, start, stop)
         take_channels(&statistics, start, stop)
-        kernels.moments(&statistics, unit.coefficients.mean, work.var + start)
-        for c in range(start, stop):
-            work.var[c] /= work.count
-        kernels.fold(&unit.coefficients, unit.channels, work.var + start, work.eps)
+        kernels.moments(&statistics, unit.coefficients.mean, work.m2 + start)
+        fold_moments(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
         kernels.normalize(&unit)
         start = stop
 
@@ -557,11 +554,10 @@ cdef Work part_of_work(const Work *work, int loop, Py_ssize_t index, Py_ssize_t 
         take(&part.job, loop, start, stop)
     if work.task != NORMALIZE:
         take(&part.statistics, loop, start, stop)
+    if loop == CHANNELS and work.task != NORMALIZE:
+        part.m2 += start
     if loop == CHANNELS and work.task == MOMENTS:
         part.mean += start
-        part.m2 += start
-    elif loop == CHANNELS and work.task == BOTH:
-        part.var += start
     return part
 
 
@@ -656,21 +652,18 @@ cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -
 
 cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1:
     """The statistics, folded, and y."""
-    cdef Py_ssize_t c
     cdef bn_fp_state state
-    work.var = folded.row(VAR)
+    work.m2 = folded.row(VAR)
     work.eps = eps
     work.count = folded.count
     if is_planes(&work.job):
         work.task = BOTH
         run_parts(work, CHANNELS, threads)
         return 0
-    run_moments(work, folded.row(MEAN), work.var, threads)
+    run_moments(work, folded.row(MEAN), work.m2, threads)
     bn_fp_enter(&state)
-    for c in range(folded.channels):
-        work.var[c] /= folded.count
+    fold_moments(&folded.k, folded.channels, work.m2, work.count, eps)
     bn_fp_leave(&state)
-    fold(&folded.k, folded.channels, work.var, eps)
     work.job.coefficients = folded.k
     work.task = NORMALIZE
     run_parts(work, widest_loop(&work.job), threads)
@@ -810,15 +803,24 @@ def moments(x, mask, Py_ssize_t counted, Py_ssize_t axis, channels, int threads)
 
 
 def merge(
-    double[::1] mean, double[::1] m2, double count,
-    const double[::1] other_mean, const double[::1] other_m2, double other_count,
+    double[::1] mean, double[::1] rest, double[::1] m2, double count,
+    const double[::1] other_mean, const double[::1] other_rest, const double[::1] other_m2, double other_count,
 ):
-    """Moments of `count` elements become those of both parts."""
+    """Moments of `count` elements become those of both parts. Means are sums of two: what double holds, and the rest."""
     cdef Py_ssize_t c
+    cdef double base, from_base, total, added
     cdef bn_fp_state state
     bn_fp_enter(&state)
     for c in range(mean.shape[0]):
-        merge_moments(&mean[c], &m2[c], count, other_mean[c], other_m2[c], other_count)
+        base = mean[c] if mean[c] - mean[c] == 0 else 0
+        from_base = mean[c] - base + rest[c]
+        merge_moments(&from_base, &m2[c], count, other_mean[c] - base + other_rest[c], other_m2[c], other_count)
+        total = base + from_base
+        added = total - base
+        mean[c] = total
+        rest[c] = base - (total - added) + (from_base - added)
+        if rest[c] - rest[c] != 0:
+            rest[c] = 0
     bn_fp_leave(&state)
 
 

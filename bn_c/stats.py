@@ -40,19 +40,20 @@ class BatchStats:
 
     _count: int
     _mean: Doubles
+    _rest: Doubles  # of the means, beyond what float64 holds: or merging would lose it
     _m2: Doubles
 
     def __init__(self, num_features: int) -> None:
         channels = _checks.num_features(num_features)
-        self._set(0, np.zeros(channels), np.zeros(channels))
+        self._set(0, np.zeros(channels), np.zeros(channels), np.zeros(channels))
 
     @classmethod
     def of(cls, count: int, mean: Doubles, m2: Doubles) -> BatchStats:
         """The statistics of `count` elements per channel; `m2` is the sum of squared deviations."""
-        return cls(0)._set(count, mean, m2)
+        return cls(0)._set(count, mean, np.zeros_like(mean), m2)
 
-    def _set(self, count: int, mean: Doubles, m2: Doubles) -> BatchStats:
-        self._count, self._mean, self._m2 = count, mean, m2
+    def _set(self, count: int, mean: Doubles, rest: Doubles, m2: Doubles) -> BatchStats:
+        self._count, self._mean, self._rest, self._m2 = count, mean, rest, m2
         return self
 
     @property
@@ -96,8 +97,7 @@ class BatchStats:
         with `num_features` channels, or if the mask does not fit it.
         """
         x, axis = _checks.array("x", x), _checks.axis(axis)
-        count, mean, m2 = _core.moments(x, *_checks.mask(mask, x, axis), axis, self.num_features, 1)
-        return self._add(count, mean, m2)
+        return self._add(BatchStats.of(*_core.moments(x, *_checks.mask(mask, x, axis), axis, self.num_features, 1)))
 
     def merge(self, other: BatchStats) -> BatchStats:
         """Adds the elements that another has seen. Returns itself; TypeError, ValueError if they do not fit."""
@@ -105,14 +105,17 @@ class BatchStats:
             raise TypeError(f"other: expected BatchStats, got {_checks.kind(other)}")
         if other.num_features != self.num_features:
             raise ValueError(f"other: expected {self.num_features} features, got {other.num_features}")
-        return self._add(other._count, other._mean, other._m2)
+        return self._add(other)
 
-    def _add(self, count: int, mean: Doubles, m2: Doubles) -> BatchStats:
-        if count == 0:
+    def _add(self, other: BatchStats) -> BatchStats:
+        if other._count == 0:
             return self
-        new_mean, new_m2 = self._mean.copy(), self._m2.copy()
-        _core.merge(new_mean, new_m2, self._count, mean, m2, count)
-        return self._set(self._count + count, new_mean, new_m2)
+        # None of these arrays is ever written again, so they can be shared.
+        if self._count == 0:
+            return self._set(other._count, other._mean, other._rest, other._m2)
+        mean, rest, m2 = self._mean.copy(), self._rest.copy(), self._m2.copy()
+        _core.merge(mean, rest, m2, self._count, other._mean, other._rest, other._m2, other._count)
+        return self._set(self._count + other._count, mean, rest, m2)
 
     def __add__(self, other: BatchStats) -> BatchStats:
         if not isinstance(other, BatchStats):
@@ -125,6 +128,7 @@ class BatchStats:
         return (
             self._count == other._count
             and np.array_equal(self._mean, other._mean, equal_nan=True)
+            and np.array_equal(self._rest, other._rest)
             and np.array_equal(self._m2, other._m2, equal_nan=True)
         )
 
@@ -139,21 +143,27 @@ class BatchStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, as JSON takes them; `from_dict` gives the same bits back."""
-        return {"count": self._count, "mean": self._mean.tolist(), "m2": self._m2.tolist()}
+        rows = {"mean": self._mean, "mean_rest": self._rest, "m2": self._m2}
+        return {"count": self._count, **{name: row.tolist() for name, row in rows.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BatchStats:
         """What `to_dict` returned. Raises TypeError or ValueError if it is anything else."""
         values = _checks.mapping("values", values)
         try:
-            count, mean, m2 = (values[key] for key in ("count", "mean", "m2"))
+            count, mean, rest, m2 = (values[key] for key in ("count", "mean", "mean_rest", "m2"))
             channels = len(mean)
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"values: expected count, mean and m2 as to_dict() gives them, got {_checks.said(values)}"
+                f"values: expected count, mean, mean_rest and m2 as to_dict() gives them, got {_checks.said(values)}"
             ) from error
         count = _checks.count("count", count)
-        mean, m2 = (
-            np.array(_checks.vector(name, value, channels), np.float64) for name, value in (("mean", mean), ("m2", m2))
+        mean, rest, m2 = (
+            np.array(_checks.vector(name, value, channels), np.float64)
+            for name, value in (("mean", mean), ("mean_rest", rest), ("m2", m2))
         )
-        return cls.of(count, mean, m2)
+        if np.any(m2 < 0):
+            raise ValueError(f"m2: expected sums of squares, got {m2.min()}")
+        if count == 0 and np.any([mean, rest, m2]):
+            raise ValueError("count: expected one above 0, as there are a mean and m2, got 0")
+        return cls(0)._set(count, mean, rest, m2)

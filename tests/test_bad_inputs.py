@@ -1727,6 +1727,7 @@ def stats_of(w, **changes):
     return bn_c.BatchStats.from_dict({**w.stats.to_dict(), **changes})
 
 
+ONE = {"count": 1, "mean": [1.0], "mean_rest": [0.0], "m2": [1.0]}
 DICTS = {
     "none": None,
     "int": 3,
@@ -1736,18 +1737,20 @@ DICTS = {
     "function": len,
     "bad_repr": BadRepr(),
     "array": np.ones((9, 9)),
-    "no_count": {"mean": [1.0], "m2": [1.0]},
-    "no_mean": {"count": 1, "m2": [1.0]},
-    "no_m2": {"count": 1, "mean": [1.0]},
+    **{f"no_{key}": {k: v for k, v in ONE.items() if k != key} for key in ONE},
     **{
-        f"count_{name}": {"count": value, "mean": [1.0], "m2": [1.0]}
+        f"count_{name}": {**ONE, "count": value}
         for name, value in COUNTS.items()
         if name not in ("beyond_long", "beyond_float")
     },
-    **{f"mean_{name}": {"count": 1, "mean": value, "m2": [1.0] * 3} for name, value in VALUES.items()},
-    **{f"m2_{name}": {"count": 1, "mean": [1.0] * 3, "m2": value} for name, value in VALUES.items()},
-    "lengths_differ": {"count": 1, "mean": [1.0], "m2": [1.0, 2.0]},
-    "chars": {"count": 1, "mean": "abc", "m2": "abc"},
+    **{
+        f"{key}_{name}": {**dict.fromkeys(ONE, [1.0] * 3), "count": 1, key: value}
+        for key in ONE
+        if key != "count"
+        for name, value in VALUES.items()
+    },
+    "lengths_differ": {**ONE, "m2": [1.0, 2.0]},
+    "chars": {**ONE, "mean": "abc", "mean_rest": "abc", "m2": "abc"},
 }
 
 

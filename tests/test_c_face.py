@@ -112,7 +112,7 @@ def moments(x, axis):
     channels = x.shape[axis]
     count, mean, m2 = c_ssize_t(-1), np.empty(channels), np.empty(channels)
     assert api.moments(described(x), axis, byref(count), address(mean), address(m2)) == OK
-    return {"count": count.value, "mean": mean.tolist(), "m2": m2.tolist()}
+    return {"count": count.value, "mean": mean.tolist(), "mean_rest": [0.0] * channels, "m2": m2.tolist()}
 
 
 def normalize_images(frames, scale, shift, out, reverse=False, channels_last=False):

@@ -311,13 +311,27 @@ def test_merging_as_a_tree(parts):
 
 
 @pytest.mark.parametrize("pieces", [2, 100, 5000])
-def test_many_pieces_of_data_far_from_zero(isa, pieces, rng):
-    """The roundings of as many merges do not add up to more than one pass may err."""
-    x = values(rng, (20_000, 2), "f4", 1e6)
-    stats = bn_c.BatchStats(2)
-    for piece in np.array_split(x, pieces):
-        stats.update(piece)
+@pytest.mark.parametrize("offset", [1e6, -1e7])
+def test_many_pieces_of_data_far_from_zero(isa, offset, pieces, rng):
+    """The mean of a part, as float64 holds it, is too coarse for that."""
+    x = values(rng, (20_000, 3), "f4", offset)
+    parts = [bn_c.batch_stats(piece) for piece in np.array_split(x, pieces)]
+    stats = merged(parts)
     assert_statistics(stats, x)
+    assert_close(merged(parts[::-1]), stats)
+    assert_close(merged([parts[i] for i in rng.permutation(pieces)]), stats)
+    while len(parts) > 1:
+        parts = [merged(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    assert_close(parts[0], stats)
+    assert bn_c.BatchStats.from_dict(stats.to_dict()) + parts[0] == stats + parts[0]
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (50, 3, 9), (3, 70, 15)])
+def test_statistics_of_a_call_are_those_alone(isa, shape, rng):
+    x = values(rng, shape)
+    mask = rng.random((shape[0], *shape[2:])) < 0.7
+    for some in (None, mask):
+        assert bn_c.batch_norm(x, mask=some, return_stats=True)[1] == bn_c.batch_stats(x, mask=some)
 
 
 def test_addition_makes_a_new_one(parts):
@@ -414,10 +428,24 @@ def test_a_copy_is_independent(parts):
 
 def test_from_dict_makes_copies():
     mean = np.zeros(2)
-    stats = bn_c.BatchStats.from_dict({"count": 3, "mean": mean, "m2": [1.0, 2.0]})
+    stats = bn_c.BatchStats.from_dict({"count": 3, "mean": mean, "mean_rest": [0, 0], "m2": [1.0, 2.0]})
     mean[:] = 9
     assert np.all(stats.mean == 0)
     assert np.allclose(stats.var, [1 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize(
+    ("values_", "message"),
+    [
+        ({"count": 3, "m2": [1.0, -1.0]}, "m2: expected sums of squares, got -1.0"),
+        ({"count": 0, "m2": [1.0, 0.0]}, "count: expected one above 0"),
+        ({"count": 0, "mean": [1.0, 0.0]}, "count: expected one above 0"),
+    ],
+)
+def test_from_dict_of_what_to_dict_never_returns(values_, message):
+    zeros = {key: [0.0, 0.0] for key in ("mean", "mean_rest", "m2")}
+    with pytest.raises(ValueError, match=message):
+        bn_c.BatchStats.from_dict(zeros | values_)
 
 
 def test_repr_shows_count_and_range():
