@@ -20,10 +20,15 @@ COUNTER = "num_batches_tracked"
 class _PerChannel:
     """A float32 array of one value per channel: read-only to read, checked when assigned, None if absent."""
 
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, layer: BatchNorm, owner: type) -> Any:
+    def __get__(self, layer: BatchNorm | None, owner: type) -> Any:
+        if layer is None:
+            return self
         array = layer._arrays.get(self.name)
         return None if array is None else array.view()
 
@@ -138,10 +143,10 @@ class BatchNorm(_core.Layer):
         if _checks.flag("track_running_stats", track_running_stats):
             self._assign({"running_mean": np.zeros(channels), "running_var": np.ones(channels)})
 
-    gamma = _PerChannel()
-    beta = _PerChannel()
-    running_mean = _PerChannel()
-    running_var = _PerChannel()
+    gamma = _PerChannel("The scale of each channel, float32 (C,).")
+    beta = _PerChannel("The shift of each channel, float32 (C,).")
+    running_mean = _PerChannel("The mean of each channel in inference, float32 (C,).")
+    running_var = _PerChannel("The variance of each channel in inference, float32 (C,).")
 
     # Whatever calls depend on changes together with the version, so that what a running call has folded is not kept.
     # What takes memory is made before that: if there is none left, nothing has changed.
@@ -288,11 +293,11 @@ class BatchNorm(_core.Layer):
         seen = self._num_batches_tracked + 1
         weight = 1 / seen if self._momentum is None else self._momentum
         running_mean, running_var = self._arrays["running_mean"], self._arrays["running_var"]
-        update = {"running_mean": (1 - weight) * running_mean.astype(np.float64) + weight * batch.mean}
-        if batch.count > 1:
-            var = batch.unbiased_var if self._unbiased_running_var else batch.var
-            update["running_var"] = (1 - weight) * running_var.astype(np.float64) + weight * var
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):  # y is written by now: nothing may raise
+            update = {"running_mean": (1 - weight) * running_mean.astype(np.float64) + weight * batch.mean}
+            if batch.count > 1:
+                var = batch.unbiased_var if self._unbiased_running_var else batch.var
+                update["running_var"] = (1 - weight) * running_var.astype(np.float64) + weight * var
             arrays = self._checked(update)
         self._take(arrays)
         self._num_batches_tracked = seen
@@ -360,10 +365,10 @@ class BatchNorm(_core.Layer):
             if name in self._arrays:
                 if prefix + key not in state:
                     raise ValueError(f"state: expected a key {prefix + key!r}, got {_checks.names(state)}")
-                values[name] = state[prefix + key]
+                values[name] = _checks.vector(_of_state(prefix + key), state[prefix + key], self._num_features)
         count = self._num_batches_tracked
         if prefix + COUNTER in state:
-            count = _checks.count(COUNTER, state[prefix + COUNTER])
+            count = _checks.count(_of_state(prefix + COUNTER), state[prefix + COUNTER])
         self._assign(values)
         self._num_batches_tracked = count
 
@@ -381,14 +386,15 @@ class BatchNorm(_core.Layer):
             As in the constructor: `eps`, which is not in a state dict, `momentum`, `axis`, `activation` ...
         """
         state = _state(state, prefix)
-        found = {name: state[prefix + key] for key, name in TORCH_KEYS.items() if prefix + key in state}
+        found = {name: prefix + key for key, name in TORCH_KEYS.items() if prefix + key in state}
         if not found:
             raise ValueError(f"state: expected keys such as {prefix + 'running_mean'!r}, got {_checks.names(state)}")
         defaults = {
             "affine": "gamma" in found or "beta" in found,
             "track_running_stats": "running_mean" in found or "running_var" in found,
         }
-        layer = cls(_checks.length(*next(iter(found.items()))), **{**defaults, **options})
+        first = next(iter(found.values()))
+        layer = cls(_checks.length(_of_state(first), state[first]), **{**defaults, **options})
         layer.load_state_dict(state, prefix)
         return layer
 
@@ -480,7 +486,14 @@ class BatchNorm(_core.Layer):
         return f"BatchNorm({self.num_features}, {', '.join(f'{k}={v!r}' for k, v in self._options().items())})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (type(self), self.num_features, self._options(), self._arrays, self._num_batches_tracked)
+        more = {name: value for name, value in vars(self).items() if name not in OWN}
+        options = self._options()
+        return _rebuilt, (type(self), self.num_features, options, self._arrays, self._num_batches_tracked, more)
+
+
+def _of_state(key: str) -> str:
+    """A value of a state dict, as messages name it."""
+    return f"state[{key!r}]"
 
 
 def _state(state: Any, prefix: Any) -> Mapping[str, Any]:
@@ -490,10 +503,20 @@ def _state(state: Any, prefix: Any) -> Mapping[str, Any]:
 
 
 def _rebuilt(
-    cls: type[BatchNorm], num_features: int, options: dict[str, Any], arrays: dict[str, Floats], batches: int
+    cls: type[BatchNorm],
+    num_features: int,
+    options: dict[str, Any],
+    arrays: dict[str, Floats],
+    batches: int,
+    more: dict[str, Any],
 ) -> BatchNorm:
-    """A layer as it was when it was pickled or copied."""
-    layer = cls(num_features, **options)
+    """A layer as it was when it was pickled or copied; `more` are attributes that users and subclasses gave it."""
+    layer = cls.__new__(cls)
+    BatchNorm.__init__(layer, num_features, **options)
     layer._assign(arrays)
     layer.num_batches_tracked = batches
+    vars(layer).update(more)
     return layer
+
+
+OWN = frozenset(vars(BatchNorm(0)))  # the attributes of every layer

@@ -376,6 +376,23 @@ def test_not_finite_values_concern_their_channel_only(value, bn, x):
         assert not np.isfinite(getattr(sick, name)[2])
 
 
+@pytest.mark.parametrize(
+    ("running", "value", "momentum"), [(np.inf, 1, 1), (0, np.inf, 0), (np.inf, -np.inf, 0.1), (3e38, 3e38, 0.5)]
+)
+def test_tracking_never_raises(running, value, momentum, bn):
+    """Where NumPy would, y would be written and the state as before."""
+    bn.train().momentum, bn.running_mean = momentum, [running] * 5
+    before = bn.num_batches_tracked
+    with np.errstate(all="raise"):
+        bn(np.array([[value] * 5, [1] * 5], "f4"))
+    assert bn.num_batches_tracked == before + 1
+
+
+def test_arrays_are_there_to_be_found_on_the_class():
+    for name in ("gamma", "beta", "running_mean", "running_var"):
+        assert getattr(bn_c.BatchNorm, name).__doc__
+
+
 def test_variance_beyond_float32_is_infinite_without_a_warning(bn):
     x = np.zeros((4, 5), "f4")
     x[:, 1] = [1e30, -1e30, 3e30, 0]
@@ -566,13 +583,15 @@ def test_from_torch_makes_a_subclass(bn):
         ({"bias": None}, "expected a key 'bias'"),
         ({"running_mean": None}, "expected a key 'running_mean'"),
         ({"running_var": None}, "expected a key 'running_var'"),
-        ({"running_var": np.ones(4)}, r"running_var: expected shape \(5,\)"),
+        ({"running_var": np.ones(4)}, r"state\['running_var'\]: expected shape \(5,\), .* got \(4,\)"),
+        ({"weight": 3}, r"state\['weight'\]: expected one value per channel, got int"),
+        ({"num_batches_tracked": -1}, r"state\['num_batches_tracked'\]: expected an integer from 0"),
         (dict.fromkeys(KEYS), "expected keys such as"),
     ],
 )
 def test_from_torch_of_an_incomplete_state(change, message, bn):
     d = {key: value for key, value in (bn.state_dict() | change).items() if value is not None}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         bn_c.BatchNorm.from_torch(d)
 
 
@@ -619,6 +638,22 @@ def test_copies_are_independent(make, bn, x):
     again.train()(x)
     assert state(bn) == before
     assert bits(bn(x)) == bits(y)
+
+
+class Tagged(bn_c.BatchNorm):
+    def __init__(self, tag):
+        super().__init__(5, axis=-1)
+        self.tag = tag
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+def test_copies_have_what_users_and_subclasses_added(make, rng):
+    bn = Tagged("stem")
+    bn.gamma, bn.note = rng.standard_normal(5), [1, 2]
+    again = make(bn)
+    assert type(again) is Tagged
+    assert (again.tag, again.note) == ("stem", [1, 2])
+    assert state(again) == state(bn)
 
 
 # ---- threads ----------------------------------------------------------------------------------------
