@@ -77,6 +77,8 @@ def _drop_output() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status. Bad use, and work that cannot be done, is one line and status 2."""
+    if sys.stderr is None:  # closed: what is said there is lost, and not said on stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     options = _parser().parse_args(arguments)
     try:
         with _unwinding():

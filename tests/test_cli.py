@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import bn_c_command, call
 
@@ -64,6 +65,15 @@ def test_a_pipe_whose_reader_leaves():
     )
     assert result.returncode == 0
     assert result.stderr == ""
+
+
+def test_closed_standard_error(monkeypatch, capsys, tmp_path):
+    """A service manager may give none; what belongs there does not go to stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    np.save(tmp_path / "a.npy", np.zeros((2, 3), np.float32))
+    (tmp_path / "b.npy").write_text("broken")
+    assert call("stats", tmp_path) == 1
+    assert json.loads(capsys.readouterr().out)["count"] == 2
 
 
 @pytest.mark.parametrize("command", ["info", "demo"])

@@ -153,7 +153,9 @@ def test_layers(folder, rng, capsys, name):
         assert call("run", folder / "x.npy", "-o", folder / "z.npy", "--layer", folder / wrong) == 2
     assert call("run", folder / "x.npy", "-o", folder / "z.npy", "--layer", layer, "--eps", -1) == 2
     assert call("run", folder / "x.npy", "-o", folder / "z.npy", "--layer", layer, "--mean", folder / "three.npy") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 7
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 7
+    assert "bn-c run: --layer: expected one of 3 channels, got 4\n" in said
     assert not (folder / "z.npy").exists()
 
 

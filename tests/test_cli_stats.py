@@ -130,6 +130,15 @@ def test_errors_are_one_line(tmp_path, capsys, arguments):
         assert output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((), 1), ((5,), 1), ((2, 3, 4), 3), ((2, 3, 4), -4)])
+def test_an_axis_that_is_not_there(tmp_path, capsys, shape, axis):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.float32))
+    assert call("stats", tmp_path / "a.npy", "--axis", axis) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"left out: {tmp_path}/a.npy: {'axis' if shape else 'x'}: expected")
+
+
 def test_nothing_to_measure(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.zeros((0, 3), np.float32))
     assert call("stats", tmp_path) == 2

@@ -85,13 +85,14 @@ class ArrayFile:
 
     def blocks(self, axis: int) -> Iterator[tuple[Block, NDArray[Any]]]:
         """All elements, in the file's order. The array is overwritten by the next one."""
+        channels = self.channels(axis)
         axis %= len(self.shape)
         before, after = self.shape[:axis], self.shape[axis + 1 :]
         if self.fortran:
             before, after = after, before
         buffer = np.empty(min(self.size, BLOCK), self.dtype)
         with self._elements() as stream:
-            for block in _blocks(math.prod(before), self.channels(axis), math.prod(after)):
+            for block in _blocks(math.prod(before), channels, math.prod(after)):
                 flat = buffer[: math.prod(block.shape)]
                 self._fill(stream, flat)
                 yield block, flat.reshape(block.shape)

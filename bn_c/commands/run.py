@@ -118,6 +118,8 @@ def _parameters(options: argparse.Namespace, layer: bn_c.BatchNorm | None, chann
             raise CommandError("--mean and --var: expected both or neither, got one")
         mean, var, gamma, beta = (_vector(options, name, channels) for name in ("mean", "var", "gamma", "beta"))
         return Parameters(mean, var, gamma, beta, 1e-5 if eps is None else eps, activation)
+    if layer.num_features != channels:
+        raise CommandError(f"--layer: expected one of {channels} channels, got {layer.num_features}")
     return Parameters(
         layer.running_mean,
         layer.running_var,
