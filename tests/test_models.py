@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tracemalloc
 import zipfile
 from importlib import import_module
@@ -155,7 +156,7 @@ def test_what_was_there_stays(path, monkeypatch):
             bn_c.save_layers(path, {"b": bn_c.BatchNorm(3)})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path.parent / "none" / path.name))):
         bn_c.save_layers(path.parent / "none" / path.name, {"b": bn_c.BatchNorm(3)})
     folder = path.with_stem("folder")
     folder.mkdir()
