@@ -26,7 +26,7 @@ ACTIVATION_FORMS = "None, 'relu', 'relu6', 'hard_swish', ('leaky_relu', slope) o
 
 def shape(sizes: Iterable[int]) -> str:
     """A shape as it is written in messages."""
-    return f"({', '.join(map(str, sizes))})"
+    return str(tuple(map(int, sizes)))
 
 
 def said(value: object) -> str:

@@ -112,8 +112,8 @@ def test_one_value_per_channel(rng):
     [
         (np.ones(3, np.uint8), TypeError, "mask: expected bool, got uint8"),
         (np.ones(3), TypeError, "mask: expected bool, got float64"),
-        (np.ones((3, 4), bool), ValueError, r"mask: expected shape \(3\), .* got \(3, 4\)"),
-        (np.ones(2, bool), ValueError, r"mask: expected shape \(3\), .* got \(2\)"),
+        (np.ones((3, 4), bool), ValueError, r"mask: expected shape \(3,\), .* got \(3, 4\)"),
+        (np.ones(2, bool), ValueError, r"mask: expected shape \(3,\), .* got \(2,\)"),
         (np.zeros(3, bool), ValueError, "mask: expected at least one True, got none"),
         ([True, False, True], TypeError, "mask: expected a NumPy array or a buffer, got list"),
         ("all", TypeError, "mask: expected a NumPy array or a buffer, got str"),
