@@ -72,6 +72,7 @@ cdef struct Kernels:
     bint streams                    # it has stores that go past the caches
     void (*normalize)(const Job *job) noexcept nogil
     Py_ssize_t (*moments)(const Job *job, double *mean, double *m2) noexcept nogil
+    # var may be coefficients.std itself.
     void (*fold)(Coefficients *coefficients, Py_ssize_t channels, const double *var, double eps) noexcept nogil
     void (*images)(const Images *images) noexcept nogil
 
