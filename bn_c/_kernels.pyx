@@ -33,6 +33,7 @@ from bn_c._layout cimport (
 from bn_c._images cimport normalize_images
 
 cdef extern from "bn_c/half.h" nogil:
+    ctypedef float *apart "bn_apart"        # floats that no other argument leads to
     bint BN_CONVERTS_HALVES
     void bn_floats_from_halves(const uint16_t *halves, float *floats, Py_ssize_t n)
     Py_ssize_t bn_normalize_halves(
@@ -44,9 +45,6 @@ cdef extern from "bn_c/stream.h" nogil:
     bint BN_STREAMS
     void bn_stream(char *to, const char *source, size_t count)
     void bn_stream_end()
-
-cdef extern from "bn_c/half.h" nogil:
-    ctypedef float *apart "bn_apart"        # floats that no other argument leads to
 
 ctypedef fused number:
     float
@@ -61,6 +59,7 @@ cdef enum:
     LINE = 16           # floats of a cache line
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     SHORT = 32          # elements of a plane below which several are normalised at once
+    FEW = 16            # elements of a row below which
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
     LANES = 8           # of a sum
     WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
@@ -95,22 +94,33 @@ cdef inline float *away_from(const char *x, float *storage) noexcept nogil:
     return storage + ((<size_t> x + 2048) // 64 * 64 - <size_t> storage) % 4096 // 4
 
 
-cdef inline void load_numbers(const number *source, Py_ssize_t stride, apart to, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
+cdef inline void load_grid(
+    const number *source, Py_ssize_t row_stride, Py_ssize_t stride, apart to, Py_ssize_t rows, Py_ssize_t columns,
+) noexcept nogil:
+    cdef Py_ssize_t row, c
     cdef const char *at = <const char *> source
+    for row in range(rows):
+        for c in range(columns):
+            to[c] = <float> (<const number *> (at + c * stride))[0]
+        at += row_stride
+        to += columns
+
+
+cdef inline void load_numbers(
+    const number *source, Py_ssize_t row_stride, Py_ssize_t stride, apart to, Py_ssize_t rows, Py_ssize_t columns,
+) noexcept nogil:
     # Strides that are known when this is compiled are vectorised.
     if stride == <Py_ssize_t> sizeof(number):
-        for i in range(n):
-            to[i] = <float> source[i]
+        if columns == 3:
+            load_grid(source, row_stride, sizeof(number), to, rows, 3)
+        else:
+            load_grid(source, row_stride, sizeof(number), to, rows, columns)
     elif stride == 2 * <Py_ssize_t> sizeof(number):
-        for i in range(n):
-            to[i] = <float> source[2 * i]
+        load_grid(source, row_stride, 2 * <Py_ssize_t> sizeof(number), to, rows, columns)
     elif stride == -<Py_ssize_t> sizeof(number):
-        for i in range(n):
-            to[i] = <float> source[-i]
+        load_grid(source, row_stride, -<Py_ssize_t> sizeof(number), to, rows, columns)
     else:
-        for i in range(n):
-            to[i] = <float> (<const number *> (at + i * stride))[0]
+        load_grid(source, row_stride, stride, to, rows, columns)
 
 
 cdef inline void load_halves(const char *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
@@ -129,48 +139,27 @@ cdef inline void load_halves(const char *source, Py_ssize_t stride, float *to, P
         n -= some
 
 
-cdef void load_row(int type, const char *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
-    if type == FLOAT32:
-        load_numbers(<const float *> source, stride, to, n)
-    elif type == FLOAT16:
-        load_halves(source, stride, to, n)
-    elif type == UINT8:
-        load_numbers(<const uint8_t *> source, stride, to, n)
-    elif type == INT8:
-        load_numbers(<const int8_t *> source, stride, to, n)
-    elif type == UINT16:
-        load_numbers(<const uint16_t *> source, stride, to, n)
-    else:
-        load_numbers(<const int16_t *> source, stride, to, n)
-
-
-cdef inline void load_grid(
-    const number *source, Py_ssize_t row_stride, Py_ssize_t stride, apart to, Py_ssize_t rows, Py_ssize_t columns,
-) noexcept nogil:
-    cdef Py_ssize_t row, c
-    cdef const char *at
-    for row in range(rows):
-        at = <const char *> source + row * row_stride
-        for c in range(columns):
-            to[row * columns + c] = <float> (<const number *> (at + c * stride))[0]
-
-
 cdef void load(
     int type, const char *source, Py_ssize_t row_stride, Py_ssize_t stride, float *to, Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
     """Rows of numbers, one after the other."""
     cdef Py_ssize_t row
     if row_stride == columns * stride:
-        load_row(type, source, stride, to, rows * columns)
-    elif type == FLOAT32 and columns == 3 and stride == 4:
-        load_grid(<const float *> source, row_stride, 4, to, rows, 3)
-    elif type == FLOAT32 and columns < SHORT:
-        load_grid(<const float *> source, row_stride, stride, to, rows, columns)
-    elif type == UINT8 and columns < SHORT:
-        load_grid(<const uint8_t *> source, row_stride, stride, to, rows, columns)
-    else:
+        columns *= rows
+        rows = 1
+    if type == FLOAT32:
+        load_numbers(<const float *> source, row_stride, stride, to, rows, columns)
+    elif type == FLOAT16:
         for row in range(rows):
-            load_row(type, source + row * row_stride, stride, to + row * columns, columns)
+            load_halves(source + row * row_stride, stride, to + row * columns, columns)
+    elif type == UINT8:
+        load_numbers(<const uint8_t *> source, row_stride, stride, to, rows, columns)
+    elif type == INT8:
+        load_numbers(<const int8_t *> source, row_stride, stride, to, rows, columns)
+    elif type == UINT16:
+        load_numbers(<const uint16_t *> source, row_stride, stride, to, rows, columns)
+    else:
+        load_numbers(<const int16_t *> source, row_stride, stride, to, rows, columns)
 
 
 cdef void store_row(const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
@@ -196,14 +185,15 @@ cdef void store_row(const Job *job, const float *source, char *to, Py_ssize_t st
 
 
 cdef void store(
-    const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
+    const Job *job, const float *source, char *to, Py_ssize_t row_stride, Py_ssize_t stride,
+    Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
     cdef Py_ssize_t row
-    if job.out.inner == columns * stride:
+    if row_stride == columns * stride:
         store_row(job, source, to, stride, rows * columns)
         return
     for row in range(rows):
-        store_row(job, source + row * columns, to + row * job.out.inner, stride, columns)
+        store_row(job, source + row * columns, to + row * row_stride, stride, columns)
 
 
 # ---- y = activation((x - center) * scale + shift + residual) ----------------------------------------
@@ -220,7 +210,7 @@ cdef inline float activated(float y, int kind, float low, float high, float slop
     return y
 
 
-cdef inline void normalize_floats(
+cdef inline void normalize_row(
     const float *x, const float *residual, apart y, Py_ssize_t n,
     const float *center, const float *scale, const float *shift, int step,
     int kind, const Activation *activation, bint in_place,
@@ -236,70 +226,92 @@ cdef inline void normalize_floats(
         y[i] = activated(t, kind, low, high, slope)
 
 
-cdef inline void normalize_columns(
-    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
+cdef struct Steps:
+    # In bytes, in each array.
+    Py_ssize_t x
+    Py_ssize_t residual
+    Py_ssize_t out
+
+
+cdef struct Rows:
+    # Elements that follow each other, and from where the next of them do.
+    Py_ssize_t columns
+    Steps step
+    bint next_channel               # whose coefficients follow; else they have the same
+
+
+cdef inline void normalize_rows_of(
+    const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift,
-    int kind, const Activation *activation, bint in_place,
+    int step, int kind, const Activation *activation, bint in_place,
 ) noexcept nogil:
-    """The channels repeat after that many columns; 0: there is one."""
     cdef Py_ssize_t some
-    if columns == 0:
-        normalize_floats(x, residual, y, n, center, scale, shift, 0, kind, activation, in_place)
-        return
     while n > 0:
-        some = min(n, columns)
-        normalize_floats(x, residual, y, some, center, scale, shift, 1, kind, activation, in_place)
+        some = min(n, rows.columns)
+        normalize_row(x, residual, y, some, center, scale, shift, step, kind, activation, in_place)
         n -= some
-        x += some
-        y += some
+        x = <const float *> (<const char *> x + rows.step.x)
+        y = <apart> (<char *> y + rows.step.out)
         if residual != NULL:
-            residual += some
+            residual = <const float *> (<const char *> residual + rows.step.residual)
+        center += rows.next_channel
+        scale += rows.next_channel
+        shift += rows.next_channel
 
 
 cdef inline void normalize_activated(
-    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
+    const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift,
-    const Activation *activation, bint in_place,
+    int step, const Activation *activation, bint in_place,
 ) noexcept nogil:
     if activation.kind == IDENTITY:
-        normalize_columns(x, residual, y, n, columns, center, scale, shift, IDENTITY, activation, in_place)
+        normalize_rows_of(x, residual, y, n, rows, center, scale, shift, step, IDENTITY, activation, in_place)
     elif activation.kind == CLIP:
-        normalize_columns(x, residual, y, n, columns, center, scale, shift, CLIP, activation, in_place)
+        normalize_rows_of(x, residual, y, n, rows, center, scale, shift, step, CLIP, activation, in_place)
     elif activation.kind == LEAKY_RELU:
-        normalize_columns(x, residual, y, n, columns, center, scale, shift, LEAKY_RELU, activation, in_place)
+        normalize_rows_of(x, residual, y, n, rows, center, scale, shift, step, LEAKY_RELU, activation, in_place)
     else:
-        normalize_columns(x, residual, y, n, columns, center, scale, shift, HARD_SWISH, activation, in_place)
+        normalize_rows_of(x, residual, y, n, rows, center, scale, shift, step, HARD_SWISH, activation, in_place)
 
 
 cdef inline void normalize_located(
-    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
-    const float *center, const float *scale, const float *shift,
-    const Activation *activation,
+    const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
+    const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
     if residual != NULL:
         if x == y:
-            normalize_activated(x, residual, y, n, columns, center, scale, shift, activation, True)
+            normalize_activated(x, residual, y, n, rows, center, scale, shift, step, activation, True)
         else:
-            normalize_activated(x, residual, y, n, columns, center, scale, shift, activation, False)
+            normalize_activated(x, residual, y, n, rows, center, scale, shift, step, activation, False)
     elif x == y:
-        normalize_activated(x, NULL, y, n, columns, center, scale, shift, activation, True)
+        normalize_activated(x, NULL, y, n, rows, center, scale, shift, step, activation, True)
     else:
-        normalize_activated(x, NULL, y, n, columns, center, scale, shift, activation, False)
-
-
-cdef void normalize_plane(
-    const float *x, const float *residual, apart y, Py_ssize_t n,
-    const float *center, const float *scale, const float *shift, const Activation *activation,
-) noexcept nogil:
-    normalize_located(x, residual, y, n, 0, center, scale, shift, activation)
+        normalize_activated(x, NULL, y, n, rows, center, scale, shift, step, activation, False)
 
 
 cdef void normalize_channels(
-    const float *x, const float *residual, apart y, Py_ssize_t n, Py_ssize_t columns,
+    const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
-    if columns > 0:
-        normalize_located(x, residual, y, n, columns, center, scale, shift, activation)
+    normalize_located(x, residual, y, n, rows, center, scale, shift, 1, activation)
+
+
+cdef void normalize_channel(
+    const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
+    const float *center, const float *scale, const float *shift, const Activation *activation,
+) noexcept nogil:
+    normalize_located(x, residual, y, n, rows, center, scale, shift, 0, activation)
+
+
+cdef void normalize_floats(
+    const float *x, const float *residual, float *y, Py_ssize_t n, const Rows *rows,
+    const float *center, const float *scale, const float *shift, int step, const Activation *activation,
+) noexcept nogil:
+    """n elements, in rows of which the last may be shorter."""
+    if step:
+        normalize_channels(x, residual, y, n, rows, center, scale, shift, activation)
+    else:
+        normalize_channel(x, residual, y, n, rows, center, scale, shift, activation)
 
 
 cdef Py_ssize_t normalize_halves(
@@ -340,61 +352,78 @@ cdef struct Place:
     char *out
 
 
-cdef inline void move(Place *at, Py_ssize_t x, Py_ssize_t residual, Py_ssize_t out) noexcept nogil:
-    at.x += x
-    at.out += out
+cdef inline void move(Place *at, const Steps *step, Py_ssize_t n) noexcept nogil:
+    at.x += n * step.x
+    at.out += n * step.out
     if at.residual != NULL:
-        at.residual += residual
+        at.residual += n * step.residual
 
 
-cdef inline Py_ssize_t outer_offset(const Job *job, const Operand *operand, Py_ssize_t position) noexcept nogil:
+cdef inline Py_ssize_t outer_offset(
+    int ndim, const Py_ssize_t *shape, const Py_ssize_t *strides, Py_ssize_t first, Py_ssize_t position,
+) noexcept nogil:
+    """`first` is the stride of the first of the dimensions."""
     cdef Py_ssize_t offset = 0
     cdef int d
-    for d in range(job.outer_ndim - 1, 0, -1):
-        offset += position % job.outer_shape[d] * operand.outer[d]
-        position //= job.outer_shape[d]
-    return offset + position * operand.outer[0]
+    for d in range(ndim - 1, 0, -1):
+        offset += position % shape[d] * strides[d]
+        position //= shape[d]
+    return offset + position * first
+
+
+cdef Py_ssize_t offset_in(const Job *job, const Operand *operand, Py_ssize_t position) noexcept nogil:
+    return outer_offset(job.outer_ndim, &job.outer_shape[0], &operand.outer[0], operand.outer[0], position)
 
 
 cdef Place outer_place(const Job *job, Py_ssize_t position) noexcept nogil:
     cdef Place at
-    at.x = job.x.data + outer_offset(job, &job.x, position)
-    at.out = job.out.data + outer_offset(job, &job.out, position)
+    at.x = job.x.data + offset_in(job, &job.x, position)
+    at.out = job.out.data + offset_in(job, &job.out, position)
     at.residual = NULL
     if job.residual.data != NULL:
-        at.residual = job.residual.data + outer_offset(job, &job.residual, position)
+        at.residual = job.residual.data + offset_in(job, &job.residual, position)
     return at
 
 
 cdef struct Walk:
-    # How the elements of a job follow each other in its innermost loop.
-    Py_ssize_t x
-    Py_ssize_t residual
-    Py_ssize_t out
-    bint x_is_run                   # floats, one after the other
+    # How the elements of a job follow each other.
+    Steps element
+    Rows rows
+    bint x_is_run                   # its elements are floats, one after the other
     bint residual_is_run
     bint out_is_run
     bint halves                     # x and out are halves, one after the other, with nothing else to be done
-    bint direct                     # all are, and out is written where it is
-    int step                        # 1: the loop runs over channels, 0: it stays in one
-    Py_ssize_t columns              # with step 1: after that many, the channels repeat
+    bint direct                     # all are runs, and out is written where it is
+    int step                        # 1: an element after the other is of the next channel, 0: of the same
+
+
+cdef Steps steps_of(Py_ssize_t x, Py_ssize_t residual, Py_ssize_t out) noexcept nogil:
+    cdef Steps steps
+    steps.x = x
+    steps.residual = residual
+    steps.out = out
+    return steps
 
 
 cdef Walk walk_of(const Job *job, int step) noexcept nogil:
+    """Rows of channels, or of one channel in several."""
     cdef Walk walk
+    cdef Steps inner = steps_of(job.x.inner, job.residual.inner, job.out.inner)
+    cdef Steps channel = steps_of(job.x.channel, job.residual.channel, job.out.channel)
     walk.step = step
-    walk.columns = job.channels
-    walk.x = job.x.channel if step else job.x.inner
-    walk.residual = job.residual.channel if step else job.residual.inner
-    walk.out = job.out.channel if step else job.out.inner
-    walk.x_is_run = is_run(&job.x, walk.x)
+    walk.element = channel if step else inner
+    walk.rows.step = inner if step else channel
+    walk.rows.columns = job.channels if step else job.inner
+    walk.rows.next_channel = not step
+    walk.x_is_run = is_run(&job.x, walk.element.x)
     walk.residual_is_run = job.residual.data == NULL or (
-        is_run(&job.residual, walk.residual) and job.residual.data != job.out.data)
-    walk.out_is_run = is_run(&job.out, walk.out)
-    walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.x == 2 and walk.out == 2 \
+        is_run(&job.residual, walk.element.residual) and job.residual.data != job.out.data)
+    walk.out_is_run = is_run(&job.out, walk.element.out)
+    walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.element.x == 2 and walk.element.out == 2 \
         and job.residual.data == NULL and job.activation.kind <= CLIP and not job.coefficients.wide \
         and BN_CONVERTS_HALVES
-    walk.direct = walk.x_is_run and walk.residual_is_run and walk.out_is_run and not job.stream
+    walk.direct = walk.x_is_run and walk.residual_is_run and walk.out_is_run and not job.stream \
+        and not job.coefficients.wide
     return walk
 
 
@@ -402,44 +431,46 @@ cdef void normalize_chunk(
     const Job *job, const Walk *walk, Place at, Py_ssize_t rows, Py_ssize_t columns,
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
 ) noexcept nogil:
-    """rows x columns elements: any number in a direct walk of one row, else CHUNK. Their channels begin at `first`."""
+    """rows x columns elements, CHUNK at most. Their channels begin at `first`."""
     cdef float[CHUNK + PAGE] storage
     cdef float[CHUNK + LINE] residual_storage
     cdef float *buffer = away_from(at.x, storage)
-    cdef float *residual_buffer = whole_lines(residual_storage)
-    cdef Py_ssize_t n = rows * columns
-    cdef bint x_is_run = walk.x_is_run and rows == 1
-    # Loading x into its place in out would overwrite a residual that is out itself.
-    cdef bint into_out = walk.out_is_run and rows == 1 and not job.stream and (x_is_run or at.residual != at.out)
-    cdef float *y = <float *> at.out if into_out else buffer
-    cdef const float *source = <const float *> at.x
-    cdef const float *added = <const float *> at.residual
-    cdef Py_ssize_t done
-    if walk.halves and rows == 1:
-        done = normalize_halves(job, &at, n, center, scale, shift, walk.step)
-        columns -= done
-        if columns == 0:
-            return
-        n = columns
-        move(&at, done * 2, 0, done * 2)
-        center += done * walk.step
-        scale += done * walk.step
-        shift += done * walk.step
-        source = <const float *> at.x
-    if not x_is_run:
-        load(job.x.type, at.x, job.x.inner, walk.x, y, rows, columns)
-        source = y
-    if at.residual != NULL and not (walk.residual_is_run and rows == 1):
-        load(job.residual.type, at.residual, job.residual.inner, walk.residual, residual_buffer, rows, columns)
-        added = residual_buffer
-    if job.coefficients.wide:
-        normalize_wide(source, added, y, columns, &job.coefficients, first, walk.step, &job.activation)
-    elif walk.step:
-        normalize_channels(source, added, y, n, walk.columns, center, scale, shift, &job.activation)
+    cdef float *added = whole_lines(residual_storage)
+    cdef const float *x = buffer
+    cdef const float *residual = added
+    cdef float *y = buffer
+    # Loops run over rows of several vectors where these are, and over others in a buffer, one behind the other.
+    cdef bint apart_rows = rows > 1 and columns >= FEW
+    cdef Rows loop = walk.rows
+    if apart_rows or not walk.step:
+        loop.columns = columns
+    cdef Steps joined = steps_of(loop.columns * 4, loop.columns * 4, loop.columns * 4)
+    if not apart_rows:
+        loop.step = joined
+    cdef bint y_is_out = walk.out_is_run and not job.stream and (
+        rows == 1 or apart_rows or walk.rows.step.out == columns * 4)
+    if y_is_out:
+        y = <float *> at.out
     else:
-        normalize_plane(source, added, y, n, center, scale, shift, &job.activation)
-    if not into_out:
-        store(job, y, at.out, walk.out, rows, columns)
+        loop.step.out = joined.out
+    if walk.x_is_run and (rows == 1 or apart_rows or walk.rows.step.x == columns * 4):
+        x = <const float *> at.x
+    else:
+        load(job.x.type, at.x, walk.rows.step.x, walk.element.x, buffer, rows, columns)
+        loop.step.x = joined.x
+    if at.residual == NULL:
+        residual = NULL
+    elif walk.residual_is_run and (rows == 1 or apart_rows or walk.rows.step.residual == columns * 4):
+        residual = <const float *> at.residual
+    else:
+        load(job.residual.type, at.residual, walk.rows.step.residual, walk.element.residual, added, rows, columns)
+        loop.step.residual = joined.residual
+    if job.coefficients.wide:
+        normalize_wide(x, residual, y, columns, &job.coefficients, first, walk.step, &job.activation)
+    else:
+        normalize_floats(x, residual, y, rows * columns, &loop, center, scale, shift, walk.step, &job.activation)
+    if not y_is_out:
+        store(job, y, at.out, walk.rows.step.out, walk.element.out, rows, columns)
 
 
 cdef void normalize_run(
@@ -447,21 +478,53 @@ cdef void normalize_run(
     const float *center, const float *scale, const float *shift, Py_ssize_t period, Py_ssize_t first,
 ) noexcept nogil:
     """Elements one stride from each other. Where their coefficients repeat, after `period`, they are there twice."""
-    cdef Py_ssize_t most = total if walk.direct else (period if walk.halves else min(<Py_ssize_t> CHUNK, period))
-    cdef Py_ssize_t phase = 0, n = most
-    if job.stream and 0 < walk.out <= 4 and <size_t> at.out % 64 > 0:
+    cdef Py_ssize_t most = period if walk.halves else min(<Py_ssize_t> CHUNK, period)
+    cdef Py_ssize_t phase = 0, n = most, done = 0
+    if job.stream and 0 < walk.element.out <= 4 and <size_t> at.out % 64 > 0:
         # The first chunk ends where a cache line of out does, and so do all, most being whole lines.
-        n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.out))
+        n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.element.out))
     while total > 0:
         n = min(n, total)
-        normalize_chunk(job, walk, at, 1, n, center + phase, scale + phase, shift + phase, first + phase)
-        move(&at, n * walk.x, n * walk.residual, n * walk.out)
+        if walk.halves:
+            done = normalize_halves(job, &at, n, center + phase, scale + phase, shift + phase, walk.step)
+            move(&at, &walk.element, done)
+            phase += done * walk.step
+        if done < n:
+            normalize_chunk(
+                job, walk, at, 1, n - done, center + phase, scale + phase, shift + phase, first + phase)
+            move(&at, &walk.element, n - done)
+            phase += (n - done) * walk.step
+        if phase >= period:
+            phase -= period
         total -= n
-        if walk.step:
-            phase += n
-            if phase >= period:
-                phase -= period
         n = most
+
+
+cdef void normalize_table(
+    const Job *job, const Walk *walk, Place at, Py_ssize_t rows, Py_ssize_t columns,
+    const float *center, const float *scale, const float *shift, Py_ssize_t first,
+) noexcept nogil:
+    """Rows that are anywhere."""
+    cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2 or (walk.halves and columns >= FEW)
+    cdef Py_ssize_t some = 1 if one_by_one else CHUNK // columns
+    if walk.direct:
+        normalize_floats(
+            <const float *> at.x, <const float *> at.residual, <float *> at.out, rows * columns, &walk.rows,
+            center, scale, shift, walk.step, &job.activation)
+        return
+    while rows > 0:
+        some = min(some, rows)
+        if one_by_one:
+            normalize_run(job, walk, at, columns, center, scale, shift, columns, first)
+        else:
+            normalize_chunk(job, walk, at, some, columns, center, scale, shift, first)
+        move(&at, &walk.rows.step, some)
+        if walk.rows.next_channel:
+            center += some
+            scale += some
+            shift += some
+            first += some
+        rows -= some
 
 
 cdef inline bint rows_join(const Operand *operand, Py_ssize_t channels) noexcept nogil:
@@ -506,55 +569,57 @@ cdef void normalize_rows(const Job *job) noexcept nogil:
     """Channels last. The coefficients of few channels are repeated, for loops that are longer than a row."""
     cdef Pattern pattern
     cdef const Coefficients *k = &job.coefficients
+    cdef const float *center = k.center
+    cdef const float *scale = k.scale
+    cdef const float *shift = k.shift
     cdef Walk walk = walk_of(job, 1)
-    cdef Py_ssize_t channels = job.channels, position, row, some, _row
-    cdef Py_ssize_t few = rows_of_lines(channels)
+    cdef Py_ssize_t channels = job.channels, period = channels, few = rows_of_lines(channels), position, _row
     cdef Py_ssize_t rows = PATTERN // (few * channels) * few
     cdef bint joined = rows_join(&job.x, channels) and rows_join(&job.out, channels) and rows_join(&job.residual, channels)
-    cdef bint plain = rows == 0 or k.wide or job.inner < 4
+    cdef bint repeated = rows > 0 and job.inner >= 4 and not k.wide and (joined or channels < FEW)
     cdef Place at
-    pattern.n = 0
-    for _row in range(0 if plain else 2 * rows):
-        repeat(&pattern, k, 0, channels, 1)
-    if not plain:
-        walk.columns = few * channels
+    if repeated:
+        pattern.n = 0
+        for _row in range(2 * rows):
+            repeat(&pattern, k, 0, channels, 1)
+        center = pattern.center
+        scale = pattern.scale
+        shift = pattern.shift
+        period = rows * channels
+        walk.rows.columns = few * channels
+    if joined and walk.direct:
+        walk.rows.step = steps_of(walk.rows.columns * 4, walk.rows.columns * 4, walk.rows.columns * 4)
+    elif not joined and channels < FEW:
+        walk.direct = False
     for position in range(job.outer):
         at = outer_place(job, position)
-        if joined and not plain:
-            normalize_run(
-                job, &walk, at, job.inner * channels, pattern.center, pattern.scale, pattern.shift, rows * channels, 0)
-            continue
-        if joined and walk.direct and not k.wide:
-            normalize_run(job, &walk, at, job.inner * channels, k.center, k.scale, k.shift, channels, 0)
-            continue
-        row = 0
-        while row < job.inner:
-            if plain:
-                some = 1
-                normalize_run(job, &walk, at, channels, k.center, k.scale, k.shift, channels, 0)
-            else:
-                some = min(CHUNK // channels, job.inner - row)
-                normalize_chunk(job, &walk, at, some, channels, pattern.center, pattern.scale, pattern.shift, 0)
-            move(&at, some * job.x.inner, some * job.residual.inner, some * job.out.inner)
-            row += some
+        if repeated and joined and not walk.direct:
+            normalize_run(job, &walk, at, job.inner * channels, center, scale, shift, period, 0)
+        else:
+            normalize_table(job, &walk, at, job.inner, channels, center, scale, shift, 0)
 
 
 cdef void normalize_short_planes(const Job *job) noexcept nogil:
     """Planes that follow each other: several at a time, with the coefficients of each repeated over its plane."""
     cdef Pattern pattern
     cdef Walk walk = walk_of(job, 0)
+    cdef Steps channel = walk.rows.step
     cdef Py_ssize_t first = 0, planes, position
     cdef Place at
     walk.step = 1
-    walk.columns = 2 * PATTERN
+    walk.rows.columns = 2 * PATTERN
+    walk.rows.next_channel = False
     while first < job.channels:
         planes = min(2 * PATTERN // job.inner, job.channels - first)
         pattern.n = 0
         repeat(&pattern, &job.coefficients, first, planes, job.inner)
         for position in range(job.outer):
             at = outer_place(job, position)
-            move(&at, first * job.x.channel, first * job.residual.channel, first * job.out.channel)
-            normalize_run(job, &walk, at, pattern.n, pattern.center, pattern.scale, pattern.shift, pattern.n, 0)
+            move(&at, &channel, first)
+            if walk.direct:
+                normalize_table(job, &walk, at, 1, pattern.n, pattern.center, pattern.scale, pattern.shift, 0)
+            else:
+                normalize_run(job, &walk, at, pattern.n, pattern.center, pattern.scale, pattern.shift, pattern.n, 0)
         first += planes
 
 
@@ -562,33 +627,29 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
     """In the order of x in memory: outer loops of shorter strides than the channels' run inside these."""
     cdef const Coefficients *k = &job.coefficients
     cdef Walk walk = walk_of(job, 0)
+    cdef Steps channel = walk.rows.step
     cdef int last = job.outer_ndim - 1, d = last
-    cdef Py_ssize_t inside = 1, run = 1, position = 0, c, i, _j
-    cdef Place start, at
+    cdef Py_ssize_t inside = 1, run = 1, position = 0, c, i
+    cdef Place at
     while d >= 0 and magnitude(job.x.outer[d]) < magnitude(job.x.channel):
         inside *= job.outer_shape[d]
         run = job.outer_shape[last]
         d -= 1
+    if inside == 1:
+        for position in range(job.outer):
+            normalize_table(
+                job, &walk, outer_place(job, position), job.channels, job.inner, k.center, k.scale, k.shift, 0)
+        return
+    walk.rows.step = steps_of(job.x.outer[last], job.residual.outer[last], job.out.outer[last])
+    walk.rows.next_channel = False
     while position < job.outer:
-        start = outer_place(job, position)
         for c in range(job.channels):
-            at = start
             i = 0
             while i < inside:
-                if i > 0:
-                    at = outer_place(job, position + i)
-                    move(&at, c * job.x.channel, c * job.residual.channel, c * job.out.channel)
-                for _j in range(run):
-                    if walk.direct and not k.wide:
-                        normalize_plane(
-                            <const float *> at.x, <const float *> at.residual, <float *> at.out, job.inner,
-                            k.center + c, k.scale + c, k.shift + c, &job.activation)
-                    else:
-                        normalize_run(job, &walk, at, job.inner, k.center + c, k.scale + c, k.shift + c, job.inner, c)
-                    if inside > 1:
-                        move(&at, job.x.outer[last], job.residual.outer[last], job.out.outer[last])
+                at = outer_place(job, position + i)
+                move(&at, &channel, c)
+                normalize_table(job, &walk, at, run, job.inner, k.center + c, k.scale + c, k.shift + c, c)
                 i += run
-            move(&start, job.x.channel, job.residual.channel, job.out.channel)
         position += inside
 
 
@@ -783,12 +844,7 @@ cdef void end(const View *view, double *sums) noexcept nogil:
 
 
 cdef Py_ssize_t place(const View *view, const Positions *array, Py_ssize_t position) noexcept nogil:
-    cdef Py_ssize_t offset = 0
-    cdef int d
-    for d in range(view.outer_ndim - 1, 0, -1):
-        offset += position % view.outer_shape[d] * array.outer[d]
-        position //= view.outer_shape[d]
-    return offset + position * array.first
+    return outer_offset(view.outer_ndim, view.outer_shape, array.outer, array.first, position)
 
 
 cdef void add_buffer(
