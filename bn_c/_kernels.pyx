@@ -41,7 +41,13 @@ cdef extern from "bn_c/half.h" nogil:
         int step, float low, float high, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
 
+cdef extern from "bn_c/balance.h" nogil:
+    float BN_ONE
+    float bn_minus(float a, float b, float one)
+
 cdef extern from "bn_c/stream.h" nogil:
+    void bn_prefetch(const char *data)
+    void bn_prefetch_to_write(const char *data)
     bint BN_STREAMS
     void bn_stream(char *to, const char *source, size_t count)
     void bn_stream_end()
@@ -385,19 +391,25 @@ cdef Place outer_place(const Job *job, Py_ssize_t position) noexcept nogil:
     return at
 
 
+cdef struct Loop:
+    # Which arrays it runs over as they are, the others being in buffers; and its rows.
+    bint x
+    bint residual
+    bint out
+    Rows rows
+
+
 cdef struct Walk:
     # How the elements of a job follow each other.
-    Steps element
-    Rows rows
-    bint x_is_run                   # its elements are floats, one after the other
-    bint residual_is_run
-    bint out_is_run
-    bint halves                     # x and out are halves, one after the other, with nothing else to be done
-    bint direct                     # all are runs, and out is written where it is
     int step                        # 1: an element after the other is of the next channel, 0: of the same
+    Steps element
+    Steps row
+    bint halves                     # x and out are halves, one after the other, with nothing else to be done
+    Loop over_run                   # over elements of one row, or of several that are joined in all arrays
+    Loop over_rows                  # over several rows
 
 
-cdef Steps steps_of(Py_ssize_t x, Py_ssize_t residual, Py_ssize_t out) noexcept nogil:
+cdef inline Steps steps_of(Py_ssize_t x, Py_ssize_t residual, Py_ssize_t out) noexcept nogil:
     cdef Steps steps
     steps.x = x
     steps.residual = residual
@@ -405,30 +417,62 @@ cdef Steps steps_of(Py_ssize_t x, Py_ssize_t residual, Py_ssize_t out) noexcept 
     return steps
 
 
-cdef Walk walk_of(const Job *job, int step) noexcept nogil:
-    """Rows of channels, or of one channel in several."""
+cdef Rows joined_rows(Py_ssize_t columns, bint next_channel) noexcept nogil:
+    cdef Rows rows
+    rows.columns = columns
+    rows.step = steps_of(columns * 4, columns * 4, columns * 4)
+    rows.next_channel = next_channel
+    return rows
+
+
+cdef Walk walk_of(
+    const Job *job, int step, Steps row, Py_ssize_t columns, Py_ssize_t period, bint next_channel,
+) noexcept nogil:
+    """Rows of that many columns, after each of which come the next channel's coefficients or the same ones.
+
+    In a run these repeat after `period` elements.
+    """
     cdef Walk walk
-    cdef Steps inner = steps_of(job.x.inner, job.residual.inner, job.out.inner)
-    cdef Steps channel = steps_of(job.x.channel, job.residual.channel, job.out.channel)
+    cdef Loop run
+    cdef Loop rows
     walk.step = step
-    walk.element = channel if step else inner
-    walk.rows.step = inner if step else channel
-    walk.rows.columns = job.channels if step else job.inner
-    walk.rows.next_channel = not step
-    walk.x_is_run = is_run(&job.x, walk.element.x)
-    walk.residual_is_run = job.residual.data == NULL or (
-        is_run(&job.residual, walk.element.residual) and job.residual.data != job.out.data)
-    walk.out_is_run = is_run(&job.out, walk.element.out)
+    walk.row = row
+    walk.element = steps_of(job.x.inner, job.residual.inner, job.out.inner)
+    if step:
+        walk.element = steps_of(job.x.channel, job.residual.channel, job.out.channel)
     walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.element.x == 2 and walk.element.out == 2 \
         and job.residual.data == NULL and job.activation.kind <= CLIP and not job.coefficients.wide \
         and BN_CONVERTS_HALVES
-    walk.direct = walk.x_is_run and walk.residual_is_run and walk.out_is_run and not job.stream \
-        and not job.coefficients.wide
+    run.x = is_run(&job.x, walk.element.x)
+    # Loops take nothing but x for being y as well.
+    run.residual = job.residual.data == NULL or (
+        is_run(&job.residual, walk.element.residual) and job.residual.data != job.out.data)
+    run.out = is_run(&job.out, walk.element.out) and not job.stream
+    run.rows = joined_rows(period, False)
+    rows = run
+    rows.rows = joined_rows(columns if columns >= FEW or not step else period, next_channel)
+    if columns >= FEW:
+        if rows.x:
+            rows.rows.step.x = row.x
+        if rows.residual:
+            rows.rows.step.residual = row.residual
+        if rows.out:
+            rows.rows.step.out = row.out
+    else:
+        rows.x = rows.x and row.x == columns * 4
+        rows.residual = rows.residual and (job.residual.data == NULL or row.residual == columns * 4)
+        rows.out = rows.out and row.out == columns * 4
+    walk.over_run = run
+    walk.over_rows = rows
     return walk
 
 
+cdef bint everywhere(const Job *job, const Loop *loop) noexcept nogil:
+    return loop.x and loop.residual and loop.out and not job.coefficients.wide
+
+
 cdef void normalize_chunk(
-    const Job *job, const Walk *walk, Place at, Py_ssize_t rows, Py_ssize_t columns,
+    const Job *job, const Walk *walk, const Loop *loop, Place at, Py_ssize_t rows, Py_ssize_t columns,
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
 ) noexcept nogil:
     """rows x columns elements, CHUNK at most. Their channels begin at `first`."""
@@ -436,50 +480,35 @@ cdef void normalize_chunk(
     cdef float[CHUNK + LINE] residual_storage
     cdef float *buffer = away_from(at.x, storage)
     cdef float *added = whole_lines(residual_storage)
-    cdef const float *x = buffer
-    cdef const float *residual = added
-    cdef float *y = buffer
-    # Loops run over rows of several vectors where these are, and over others in a buffer, one behind the other.
-    cdef bint apart_rows = rows > 1 and columns >= FEW
-    cdef Rows loop = walk.rows
-    if apart_rows or not walk.step:
-        loop.columns = columns
-    cdef Steps joined = steps_of(loop.columns * 4, loop.columns * 4, loop.columns * 4)
-    if not apart_rows:
-        loop.step = joined
-    cdef bint y_is_out = walk.out_is_run and not job.stream and (
-        rows == 1 or apart_rows or walk.rows.step.out == columns * 4)
-    if y_is_out:
-        y = <float *> at.out
-    else:
-        loop.step.out = joined.out
-    if walk.x_is_run and (rows == 1 or apart_rows or walk.rows.step.x == columns * 4):
-        x = <const float *> at.x
-    else:
-        load(job.x.type, at.x, walk.rows.step.x, walk.element.x, buffer, rows, columns)
-        loop.step.x = joined.x
-    if at.residual == NULL:
-        residual = NULL
-    elif walk.residual_is_run and (rows == 1 or apart_rows or walk.rows.step.residual == columns * 4):
-        residual = <const float *> at.residual
-    else:
-        load(job.residual.type, at.residual, walk.rows.step.residual, walk.element.residual, added, rows, columns)
-        loop.step.residual = joined.residual
+    cdef const float *x = <const float *> at.x
+    cdef const float *residual = <const float *> at.residual
+    cdef float *y = <float *> at.out if loop.out else buffer
+    if not loop.x:
+        load(job.x.type, at.x, walk.row.x, walk.element.x, buffer, rows, columns)
+        x = buffer
+    if not loop.residual:
+        load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
+        residual = added
     if job.coefficients.wide:
         normalize_wide(x, residual, y, columns, &job.coefficients, first, walk.step, &job.activation)
     else:
-        normalize_floats(x, residual, y, rows * columns, &loop, center, scale, shift, walk.step, &job.activation)
-    if not y_is_out:
-        store(job, y, at.out, walk.rows.step.out, walk.element.out, rows, columns)
+        normalize_floats(x, residual, y, rows * columns, &loop.rows, center, scale, shift, walk.step, &job.activation)
+    if not loop.out:
+        store(job, y, at.out, walk.row.out, walk.element.out, rows, columns)
 
 
 cdef void normalize_run(
     const Job *job, const Walk *walk, Place at, Py_ssize_t total,
     const float *center, const float *scale, const float *shift, Py_ssize_t period, Py_ssize_t first,
 ) noexcept nogil:
-    """Elements one stride from each other. Where their coefficients repeat, after `period`, they are there twice."""
+    """Elements one step from each other. Where their coefficients repeat, after `period`, they are there twice."""
     cdef Py_ssize_t most = period if walk.halves else min(<Py_ssize_t> CHUNK, period)
     cdef Py_ssize_t phase = 0, n = most, done = 0
+    if everywhere(job, &walk.over_run):
+        normalize_floats(
+            <const float *> at.x, <const float *> at.residual, <float *> at.out, total, &walk.over_run.rows,
+            center, scale, shift, walk.step, &job.activation)
+        return
     if job.stream and 0 < walk.element.out <= 4 and <size_t> at.out % 64 > 0:
         # The first chunk ends where a cache line of out does, and so do all, most being whole lines.
         n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.element.out))
@@ -491,7 +520,7 @@ cdef void normalize_run(
             phase += done * walk.step
         if done < n:
             normalize_chunk(
-                job, walk, at, 1, n - done, center + phase, scale + phase, shift + phase, first + phase)
+                job, walk, &walk.over_run, at, 1, n - done, center + phase, scale + phase, shift + phase, first + phase)
             move(&at, &walk.element, n - done)
             phase += (n - done) * walk.step
         if phase >= period:
@@ -504,12 +533,12 @@ cdef void normalize_table(
     const Job *job, const Walk *walk, Place at, Py_ssize_t rows, Py_ssize_t columns,
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
 ) noexcept nogil:
-    """Rows that are anywhere."""
+    """Rows one step from each other."""
     cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2 or (walk.halves and columns >= FEW)
     cdef Py_ssize_t some = 1 if one_by_one else CHUNK // columns
-    if walk.direct:
+    if everywhere(job, &walk.over_rows):
         normalize_floats(
-            <const float *> at.x, <const float *> at.residual, <float *> at.out, rows * columns, &walk.rows,
+            <const float *> at.x, <const float *> at.residual, <float *> at.out, rows * columns, &walk.over_rows.rows,
             center, scale, shift, walk.step, &job.activation)
         return
     while rows > 0:
@@ -517,9 +546,9 @@ cdef void normalize_table(
         if one_by_one:
             normalize_run(job, walk, at, columns, center, scale, shift, columns, first)
         else:
-            normalize_chunk(job, walk, at, some, columns, center, scale, shift, first)
-        move(&at, &walk.rows.step, some)
-        if walk.rows.next_channel:
+            normalize_chunk(job, walk, &walk.over_rows, at, some, columns, center, scale, shift, first)
+        move(&at, &walk.row, some)
+        if walk.over_rows.rows.next_channel:
             center += some
             scale += some
             shift += some
@@ -572,43 +601,37 @@ cdef void normalize_rows(const Job *job) noexcept nogil:
     cdef const float *center = k.center
     cdef const float *scale = k.scale
     cdef const float *shift = k.shift
-    cdef Walk walk = walk_of(job, 1)
-    cdef Py_ssize_t channels = job.channels, period = channels, few = rows_of_lines(channels), position, _row
-    cdef Py_ssize_t rows = PATTERN // (few * channels) * few
+    cdef Py_ssize_t channels = job.channels, period = channels, few = 1, position, _row
+    cdef Py_ssize_t rows = rows_of_lines(channels)
     cdef bint joined = rows_join(&job.x, channels) and rows_join(&job.out, channels) and rows_join(&job.residual, channels)
-    cdef bint repeated = rows > 0 and job.inner >= 4 and not k.wide and (joined or channels < FEW)
-    cdef Place at
-    if repeated:
+    cdef Walk walk
+    if PATTERN // (rows * channels) > 0 and job.inner >= 4 and not k.wide and (joined or channels < FEW):
+        few = rows
+        period = PATTERN // (few * channels) * few * channels
         pattern.n = 0
-        for _row in range(2 * rows):
+        for _row in range(2 * period // channels):
             repeat(&pattern, k, 0, channels, 1)
         center = pattern.center
         scale = pattern.scale
         shift = pattern.shift
-        period = rows * channels
-        walk.rows.columns = few * channels
-    if joined and walk.direct:
-        walk.rows.step = steps_of(walk.rows.columns * 4, walk.rows.columns * 4, walk.rows.columns * 4)
-    elif not joined and channels < FEW:
-        walk.direct = False
+    walk = walk_of(
+        job, 1, steps_of(job.x.inner, job.residual.inner, job.out.inner), channels, few * channels, False)
     for position in range(job.outer):
-        at = outer_place(job, position)
-        if repeated and joined and not walk.direct:
-            normalize_run(job, &walk, at, job.inner * channels, center, scale, shift, period, 0)
+        if joined and period > channels:
+            normalize_run(
+                job, &walk, outer_place(job, position), job.inner * channels, center, scale, shift, period, 0)
         else:
-            normalize_table(job, &walk, at, job.inner, channels, center, scale, shift, 0)
+            normalize_table(job, &walk, outer_place(job, position), job.inner, channels, center, scale, shift, 0)
 
 
 cdef void normalize_short_planes(const Job *job) noexcept nogil:
     """Planes that follow each other: several at a time, with the coefficients of each repeated over its plane."""
     cdef Pattern pattern
-    cdef Walk walk = walk_of(job, 0)
-    cdef Steps channel = walk.rows.step
+    cdef Steps channel = steps_of(job.x.channel, job.residual.channel, job.out.channel)
+    cdef Walk walk = walk_of(job, 0, channel, job.inner, 2 * PATTERN, False)
     cdef Py_ssize_t first = 0, planes, position
     cdef Place at
     walk.step = 1
-    walk.rows.columns = 2 * PATTERN
-    walk.rows.next_channel = False
     while first < job.channels:
         planes = min(2 * PATTERN // job.inner, job.channels - first)
         pattern.n = 0
@@ -616,32 +639,32 @@ cdef void normalize_short_planes(const Job *job) noexcept nogil:
         for position in range(job.outer):
             at = outer_place(job, position)
             move(&at, &channel, first)
-            if walk.direct:
-                normalize_table(job, &walk, at, 1, pattern.n, pattern.center, pattern.scale, pattern.shift, 0)
-            else:
-                normalize_run(job, &walk, at, pattern.n, pattern.center, pattern.scale, pattern.shift, pattern.n, 0)
+            normalize_run(job, &walk, at, pattern.n, pattern.center, pattern.scale, pattern.shift, pattern.n, 0)
         first += planes
 
 
 cdef void normalize_planes(const Job *job) noexcept nogil:
     """In the order of x in memory: outer loops of shorter strides than the channels' run inside these."""
     cdef const Coefficients *k = &job.coefficients
-    cdef Walk walk = walk_of(job, 0)
-    cdef Steps channel = walk.rows.step
+    cdef Steps channel = steps_of(job.x.channel, job.residual.channel, job.out.channel)
     cdef int last = job.outer_ndim - 1, d = last
     cdef Py_ssize_t inside = 1, run = 1, position = 0, c, i
+    cdef Walk walk
     cdef Place at
     while d >= 0 and magnitude(job.x.outer[d]) < magnitude(job.x.channel):
         inside *= job.outer_shape[d]
         run = job.outer_shape[last]
         d -= 1
     if inside == 1:
+        walk = walk_of(job, 0, channel, job.inner, job.inner, True)
         for position in range(job.outer):
+            if everywhere(job, &walk.over_rows) and position + 1 < job.outer:
+                bn_prefetch_to_write(outer_place(job, position + 1).out)
             normalize_table(
                 job, &walk, outer_place(job, position), job.channels, job.inner, k.center, k.scale, k.shift, 0)
         return
-    walk.rows.step = steps_of(job.x.outer[last], job.residual.outer[last], job.out.outer[last])
-    walk.rows.next_channel = False
+    walk = walk_of(
+        job, 0, steps_of(job.x.outer[last], job.residual.outer[last], job.out.outer[last]), job.inner, job.inner, False)
     while position < job.outer:
         for c in range(job.channels):
             i = 0
@@ -716,20 +739,20 @@ cdef inline void add_block(
     cdef Py_ssize_t row, c
     cdef const float *a
     cdef const float *b
-    cdef float m, d0, d1, d2, d3, d4, d5, d6, d7
+    cdef float m, d0, d1, d2, d3, d4, d5, d6, d7, one = BN_ONE
     for row in range(0, rows - 7, 8):
         a = x + row * stride
         b = a + 4 * stride
         for c in range(columns):
-            m = center[c] if squared else 0
-            d0 = a[c] - m
-            d1 = a[c + stride] - m
-            d2 = a[c + 2 * stride] - m
-            d3 = a[c + 3 * stride] - m
-            d4 = b[c] - m
-            d5 = b[c + stride] - m
-            d6 = b[c + 2 * stride] - m
-            d7 = b[c + 3 * stride] - m
+            m = center[c]
+            d0 = bn_minus(a[c], m, one)
+            d1 = bn_minus(a[c + stride], m, one)
+            d2 = bn_minus(a[c + 2 * stride], m, one)
+            d3 = bn_minus(a[c + 3 * stride], m, one)
+            d4 = bn_minus(b[c], m, one)
+            d5 = bn_minus(b[c + stride], m, one)
+            d6 = bn_minus(b[c + 2 * stride], m, one)
+            d7 = bn_minus(b[c + 3 * stride], m, one)
             deviations[c] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
             if squared:
                 squares[c] += <double> ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) \
@@ -886,6 +909,8 @@ cdef Py_ssize_t add_all(
     begin(view, kind, center, &centers, sums)
     for position in range(view.outer):
         x = view.x.data + place(view, &view.x, position)
+        if direct and position + 1 < view.outer:
+            bn_prefetch(view.x.data + place(view, &view.x, position + 1))
         left = view.inner
         if view.mask.data != NULL:
             mask = view.mask.data + place(view, &view.mask, position)

@@ -14,7 +14,21 @@
 #define BN_STREAMS 0
 #endif
 
-enum { BN_LINE = 64 };
+enum { BN_LINE = 64, BN_AHEAD = 8 * BN_LINE };
+
+/* Asks for the beginning of what is read or written after what comes now. Caches see by themselves how memory goes on, but not
+ * where a plane or a row of channels does after a jump. */
+static inline void bn_prefetch(const char *data)
+{
+    for (int i = 0; i < BN_AHEAD; i += BN_LINE)
+        __builtin_prefetch(data + i);
+}
+
+static inline void bn_prefetch_to_write(const char *data)
+{
+    for (int i = 0; i < BN_AHEAD; i += BN_LINE)
+        __builtin_prefetch(data + i, 1);
+}
 
 /* memcpy in whole cache lines; a first or last line that is written in part is stored normally.
  * Without BN_STREAMS it is memcpy. */
