@@ -64,8 +64,7 @@ cdef enum:
     PAGE = 1024         # floats of a page
     LINE = 16           # floats of a cache line
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
-    SHORT = 32          # elements of a plane below which several are normalised at once
-    FEW = 16            # elements of a row below which
+    FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
     LANES = 8           # of a sum
     WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
@@ -483,12 +482,15 @@ cdef void normalize_chunk(
     cdef const float *x = <const float *> at.x
     cdef const float *residual = <const float *> at.residual
     cdef float *y = <float *> at.out if loop.out else buffer
-    if not loop.x:
-        load(job.x.type, at.x, walk.row.x, walk.element.x, buffer, rows, columns)
-        x = buffer
     if not loop.residual:
         load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
         residual = added
+    if not loop.x:
+        # To where y is if its rows join: out may be the residual, which is loaded by now.
+        if rows == 1 or walk.row.out == columns * 4:
+            buffer = y
+        load(job.x.type, at.x, walk.row.x, walk.element.x, buffer, rows, columns)
+        x = buffer
     if job.coefficients.wide:
         normalize_wide(x, residual, y, columns, &job.coefficients, first, walk.step, &job.activation)
     else:
@@ -681,7 +683,7 @@ cdef void normalize(const Job *job) noexcept nogil:
         and planes_join(&job.residual, job.inner)
     if job.channels_last:
         normalize_rows(job)
-    elif joined and job.inner <= SHORT and job.outer >= 4 and not job.coefficients.wide:
+    elif joined and job.inner < FEW and job.outer >= 4 and not job.coefficients.wide:
         normalize_short_planes(job)
     else:
         normalize_planes(job)
