@@ -747,14 +747,14 @@ cdef inline void add_block(
         b = a + 4 * stride
         for c in range(columns):
             m = center[c]
-            d0 = bn_minus(a[c], m, one)
-            d1 = bn_minus(a[c + stride], m, one)
-            d2 = bn_minus(a[c + 2 * stride], m, one)
-            d3 = bn_minus(a[c + 3 * stride], m, one)
-            d4 = bn_minus(b[c], m, one)
-            d5 = bn_minus(b[c + stride], m, one)
-            d6 = bn_minus(b[c + 2 * stride], m, one)
-            d7 = bn_minus(b[c + 3 * stride], m, one)
+            d0 = bn_minus(a[c], m, one) if squared else a[c]
+            d1 = bn_minus(a[c + stride], m, one) if squared else a[c + stride]
+            d2 = bn_minus(a[c + 2 * stride], m, one) if squared else a[c + 2 * stride]
+            d3 = bn_minus(a[c + 3 * stride], m, one) if squared else a[c + 3 * stride]
+            d4 = bn_minus(b[c], m, one) if squared else b[c]
+            d5 = bn_minus(b[c + stride], m, one) if squared else b[c + stride]
+            d6 = bn_minus(b[c + 2 * stride], m, one) if squared else b[c + 2 * stride]
+            d7 = bn_minus(b[c + 3 * stride], m, one) if squared else b[c + 3 * stride]
             deviations[c] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
             if squared:
                 squares[c] += <double> ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) \
@@ -812,35 +812,39 @@ cdef void add(
         add_columns(x, stride, rows, columns, centers, sums, False)
 
 
-cdef double m2_of(double deviations, double squares, double n, double center, Sum kind, double *mean) noexcept nogil:
-    """The mean and, returned, m2. NaN if float sums about that center do not tell m2."""
+cdef inline double m2_of(double deviations, double squares, double n, double center, double *mean) noexcept nogil:
+    """The mean and, returned, m2 of sums in float. NaN if they do not tell it. Without branches, to be vectorised."""
     cdef double off = deviations / n
     cdef double shifted = n * (off * off)
     cdef double m2 = squares - shifted if squares > shifted else 0
-    # Wide sums are about the mean itself; where that is infinite, so are they.
-    mean[0] = center + off if kind != WIDE or off - off == 0 else center
-    if kind == WIDE:
-        return m2 if squares == squares else squares
-    if squares == 0 and fabs(center) >= 1e-14:
-        return 0                    # any other float near such a center would have left a square
     # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; a center far from the mean cancels.
-    return m2 if squares >= 1e-30 and squares <= 1e37 and shifted <= squares / 16 else NOT_A_NUMBER
+    m2 = m2 if squares >= 1e-30 and squares <= 1e37 and shifted <= squares / 16 else NOT_A_NUMBER
+    mean[0] = center + off
+    # Any other float near such a center would have left a square.
+    return 0 if squares == 0 and fabs(center) >= 1e-14 else m2
+
+
+cdef double wide_m2_of(double deviations, double squares, double n, double center, double *mean) noexcept nogil:
+    """The same of sums in double, which are about the mean itself; where that is infinite, so are they."""
+    cdef double off = deviations / n
+    cdef double shifted = n * (off * off)
+    mean[0] = center + off if off - off == 0 else center
+    return squares - shifted if squares > shifted else (0 if squares == squares else squares)
 
 
 cdef void begin(const View *view, Sum kind, const double *center, Centers *centers, Sums *sums) noexcept nogil:
     """Each channel's center to all of its columns, whose sums are 0."""
-    cdef Py_ssize_t columns = view.channels * view.width * view.per_row, column = 0, c = 0, i
-    cdef Py_ssize_t alike = columns if view.channels == 1 else view.width
+    cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row, c, i
     memset(sums.deviations, 0, columns * sizeof(double))
     if kind != DEVIATIONS:
         memset(sums.squares, 0, columns * sizeof(double))
-    while column < columns:
-        for i in range(column, column + alike):
-            if kind == WIDE:
-                centers.exact[i] = center[c]
-            centers.rounded[i] = <float> center[c]
-        column += alike
-        c = c + 1 if c + 1 < view.channels else 0
+    for c in range(view.channels):
+        for i in range(view.width if view.channels > 1 else columns):
+            centers.exact[c * view.width + i] = center[c]
+            centers.rounded[c * view.width + i] = <float> center[c]
+    for i in range(numbers, columns if view.channels > 1 else 0):
+        centers.exact[i] = centers.exact[i - numbers]
+        centers.rounded[i] = centers.rounded[i - numbers]
 
 
 cdef double total(const double *values, Py_ssize_t n) noexcept nogil:
@@ -994,6 +998,7 @@ cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcep
     cdef View sample
     cdef Py_ssize_t c, n
     cdef int _attempt, unsafe
+    cdef double found, mean_found
     for c in range(view.channels):
         center[c] = mean[c] = 0
         m2[c] = NOT_A_NUMBER
@@ -1006,11 +1011,13 @@ cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcep
             center[c] = center_of(sums.deviations[c] / n, values[c * view.width] if view.mask.data == NULL else 0)
         for _attempt in range(2):
             n = add_all(view, SQUARES, center, &sums)
+            for c in range(view.channels if n > 0 else 0):
+                found = m2_of(sums.deviations[c], sums.squares[c], n, center[c], &mean_found)
+                mean[c] = mean_found if m2[c] != m2[c] else mean[c]
+                m2[c] = found if m2[c] != m2[c] else m2[c]
+                center[c] = <float> mean[c]
             unsafe = 0
             for c in range(view.channels if n > 0 else 0):
-                if m2[c] != m2[c]:
-                    m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], SQUARES, &mean[c])
-                center[c] = <float> mean[c]
                 unsafe |= m2[c] != m2[c]
             if not unsafe:
                 return n
@@ -1022,7 +1029,7 @@ cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcep
     n = add_all(view, WIDE, center, &sums)
     for c in range(view.channels if n > 0 else 0):
         if m2[c] != m2[c]:
-            m2[c] = m2_of(sums.deviations[c], sums.squares[c], n, center[c], WIDE, &mean[c])
+            m2[c] = wide_m2_of(sums.deviations[c], sums.squares[c], n, center[c], &mean[c])
     return n
 
 
@@ -1083,8 +1090,9 @@ cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double e
         scale = k.gamma[c] / k.std[c]
         k.center[c] = <float> k.mean[c]
         shift = k.beta[c] - (k.mean[c] - k.center[c]) * scale
-        safe = (fabs(scale) >= 1e-30 or scale == 0) and fabs(scale) <= 1e30 and fabs(k.mean[c]) <= 1e30 \
-            and (fabs(shift) >= 1e-37 or shift == 0) and fabs(shift) <= 1e37
+        # `|` and `&`: without branches the loop is vectorised
+        safe = ((fabs(scale) >= 1e-30) | (scale == 0)) & (fabs(scale) <= 1e30) & (fabs(k.mean[c]) <= 1e30) \
+            & ((fabs(shift) >= 1e-37) | (shift == 0)) & (fabs(shift) <= 1e37)
         wide |= not safe
         k.scale[c] = <float> scale if safe else NOT_A_NUMBER
         k.shift[c] = <float> shift
