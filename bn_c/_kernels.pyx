@@ -864,6 +864,9 @@ cdef double total(const double *values, Py_ssize_t n) noexcept nogil:
 cdef void end(const View *view, double *sums) noexcept nogil:
     """The sums of all columns of a channel at its index."""
     cdef Py_ssize_t n = view.per_row, numbers = view.channels * view.width, c, i
+    if view.channels == 1:
+        sums[0] = total(sums, n * numbers)
+        return
     while n > 1:                                    # a power of two
         n //= 2
         for i in range(n * numbers):
