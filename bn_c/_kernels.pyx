@@ -69,7 +69,7 @@ cdef enum:
     LANES = 8           # of a sum
     WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
-    LOADED = 1024       # floats that are loaded there at a time, if rows are shorter: the best of 1024 .. 4096
+    LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
     WHOLE = 2048        # elements of a channel up to which all are the sample: no slower
     PLANE_SAMPLE = 96   # elements that the center of a channel is guessed from: 1 in 70 is taken twice
     ROW_SAMPLE = 256    # the same where one channel makes all be taken twice: 1 in 16000

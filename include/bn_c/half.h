@@ -119,35 +119,78 @@ static inline void bn_halves_from_floats(const float *floats, uint16_t *halves, 
     }
 }
 
-#if defined(__aarch64__)
-/* The function below from `i` on, in steps of 4 * count, whose parts do not wait for each other: small cores
- * run instructions in their order. Returns where it ends. */
-static inline ptrdiff_t bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n,
-                                             const float *center, const float *scale, const float *shift,
-                                             const int step, float low, float high, const int count)
+#if BN_CONVERTS_HALVES
+#if defined(__AVX512F__)
+typedef __m512 bn_floats;
+typedef __m256i bn_halves;
+#define BN_OF_FLOATS(operation) _mm512_##operation
+#define bn_halves_at(x) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x)))
+#define bn_to_halves(t) _mm512_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT)
+#define bn_store_halves(y, halves) _mm256_storeu_si256((__m256i *)(y), halves)
+#define bn_stream_halves(y, halves) _mm256_stream_si256((__m256i *)(y), halves)
+#elif defined(__F16C__)
+typedef __m256 bn_floats;
+typedef __m128i bn_halves;
+#define BN_OF_FLOATS(operation) _mm256_##operation
+#define bn_halves_at(x) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x)))
+#define bn_to_halves(t) _mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT)
+#define bn_store_halves(y, halves) _mm_storeu_si128((__m128i *)(y), halves)
+#define bn_stream_halves(y, halves) _mm_stream_si128((__m128i *)(y), halves)
+#else
+typedef float32x4_t bn_floats;
+typedef uint16x4_t bn_halves;
+#define bn_halves_at(x) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)))
+#define bn_to_halves(t) vreinterpret_u16_f16(vcvt_f16_f32(t))
+#define bn_store_halves(y, halves) vst1_u16(y, halves)
+#define bn_stream_halves bn_store_halves
+#endif
+#if defined(__F16C__)
+#define bn_all BN_OF_FLOATS(set1_ps)
+#define bn_floats_at BN_OF_FLOATS(loadu_ps)
+#define bn_scaled(x, c, a, b) BN_OF_FLOATS(add_ps)(BN_OF_FLOATS(mul_ps)(BN_OF_FLOATS(sub_ps)(x, c), a), b)
+#define bn_bounded(t, low, high) BN_OF_FLOATS(min_ps)(high, BN_OF_FLOATS(max_ps)(low, t))
+#else
+#define bn_all vdupq_n_f32
+#define bn_floats_at vld1q_f32
+#define bn_scaled(x, c, a, b) vaddq_f32(vmulq_f32(vsubq_f32(x, c), a), b)
+static inline float32x4_t bn_bounded(float32x4_t t, float32x4_t low, float32x4_t high)
 {
-    const int bounded = low > -INFINITY || high < INFINITY;
-    const float32x4_t lows = vdupq_n_f32(low), highs = vdupq_n_f32(high);
-    float32x4_t c = vdupq_n_f32(*center), a = vdupq_n_f32(*scale), b = vdupq_n_f32(*shift);
-    for (; i + 4 * count <= n; i += 4 * count) {
-        uint16x4_t halves[4];
+    t = vbslq_f32(vcltq_f32(t, low), low, t);
+    return vbslq_f32(vcgtq_f32(t, high), high, t);
+}
+#endif
+
+/* The function below from `i` on, in steps of `count` vectors, which do not wait for each other: small cores run
+ * instructions in their order. Returns where it ends. */
+static inline __attribute__((always_inline)) ptrdiff_t
+bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center, const float *scale,
+                     const float *shift, const int step, float low, float high, const int bounded, const int stream,
+                     const int count)
+{
+    enum { LANES = sizeof(bn_floats) / sizeof(float) };
+    const bn_floats lows = bn_all(low), highs = bn_all(high);
+    bn_floats c = bn_all(*center), a = bn_all(*scale), b = bn_all(*shift);
+    for (; i + LANES * count <= n; i += LANES * count) {
+        bn_halves halves[4];
         for (int j = 0; j < count; j++) {
-            const ptrdiff_t at = i + 4 * j;
+            const ptrdiff_t at = i + LANES * j;
             if (step) {
-                c = vld1q_f32(center + at);
-                a = vld1q_f32(scale + at);
-                b = vld1q_f32(shift + at);
+                c = bn_floats_at(center + at);
+                a = bn_floats_at(scale + at);
+                b = bn_floats_at(shift + at);
             }
-            float32x4_t t = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + at)));
-            t = vaddq_f32(vmulq_f32(vsubq_f32(t, c), a), b);
-            if (bounded) {
-                t = vbslq_f32(vcltq_f32(t, lows), lows, t);
-                t = vbslq_f32(vcgtq_f32(t, highs), highs, t);
-            }
-            halves[j] = vreinterpret_u16_f16(vcvt_f16_f32(t));
+            bn_floats t = bn_halves_at(x + at);
+            t = bn_scaled(t, c, a, b);
+            if (bounded)
+                t = bn_bounded(t, lows, highs);
+            halves[j] = bn_to_halves(t);
         }
-        for (int j = 0; j < count; j++)
-            vst1_u16(y + i + 4 * j, halves[j]);
+        for (int j = 0; j < count; j++) {
+            if (stream)
+                bn_stream_halves(y + i + LANES * j, halves[j]);
+            else
+                bn_store_halves(y + i + LANES * j, halves[j]);
+        }
     }
     return i;
 }
@@ -163,34 +206,24 @@ static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrd
 {
     ptrdiff_t i = 0;
 #if defined(__F16C__)
-    const __m256 lows = _mm256_set1_ps(low), highs = _mm256_set1_ps(high);
-    __m256 c = _mm256_set1_ps(*center), a = _mm256_set1_ps(*scale), b = _mm256_set1_ps(*shift);
-    stream = stream && (uintptr_t)y % 32 == 0;
-    for (; i + 16 <= n; i += 16) {
-        __m128i halves[2];
-        for (int j = 0; j < 2; j++) {
-            const ptrdiff_t at = i + 8 * j;
-            if (step) {
-                c = _mm256_loadu_ps(center + at);
-                a = _mm256_loadu_ps(scale + at);
-                b = _mm256_loadu_ps(shift + at);
-            }
-            __m256 t = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + at)));
-            t = _mm256_add_ps(_mm256_mul_ps(_mm256_sub_ps(t, c), a), b);
-            t = _mm256_min_ps(highs, _mm256_max_ps(lows, t));
-            halves[j] = _mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT);
-        }
-        if (stream) {
-            _mm256_stream_si256((__m256i *)(y + i), _mm256_set_m128i(halves[1], halves[0]));
-        } else {
-            _mm_storeu_si128((__m128i *)(y + i), halves[0]);
-            _mm_storeu_si128((__m128i *)(y + i + 8), halves[1]);
-        }
+#define BN_NORMALIZE(bounded, stream) \
+    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, stream, 1)
+    const int bounded = low > -INFINITY || high < INFINITY;
+    if (stream && (uintptr_t)y % sizeof(bn_halves) == 0) {
+        if (bounded)
+            BN_NORMALIZE(1, 1);
+        else
+            BN_NORMALIZE(0, 1);
+    } else if (bounded) {
+        BN_NORMALIZE(1, 0);
+    } else {
+        BN_NORMALIZE(0, 0);
     }
 #elif defined(__aarch64__)
+    const int bounded = low > -INFINITY || high < INFINITY;
     (void)stream;
-    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, 4);
-    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, 1);
+    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, 0, 4);
+    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, 0, 1);
 #endif
     return i;
 }
