@@ -39,6 +39,9 @@ cdef extern from "bn_c/half.h" nogil:
     Py_ssize_t bn_normalize_halves(
         const uint16_t *x, uint16_t *y, Py_ssize_t n, const float *center, const float *scale, const float *shift,
         int step, float low, float high, int stream)
+    Py_ssize_t bn_normalize_rows_of_halves(
+        const uint16_t *x, uint16_t *y, Py_ssize_t n, Py_ssize_t columns, const float *center, const float *scale,
+        const float *shift, float low, float high, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
 
 cdef extern from "bn_c/balance.h" nogil:
@@ -321,12 +324,15 @@ cdef void normalize_floats(
 
 cdef Py_ssize_t normalize_halves(
     const Job *job, const Place *at, Py_ssize_t n, const float *center, const float *scale, const float *shift, int step,
+    Py_ssize_t columns,
 ) noexcept nogil:
-    """Halves to halves where the CPU converts; returns how many elements were done."""
+    """Halves to halves where the CPU converts, in rows if columns > 0; returns how many elements were done."""
     cdef float low = job.activation.low if job.activation.kind == CLIP else -INFINITY
     cdef float high = job.activation.high if job.activation.kind == CLIP else INFINITY
     cdef const uint16_t *x = <const uint16_t *> at.x
     cdef uint16_t *y = <uint16_t *> at.out
+    if columns > 0:
+        return bn_normalize_rows_of_halves(x, y, n, columns, center, scale, shift, low, high, job.stream)
     if step:
         return bn_normalize_halves(x, y, n, center, scale, shift, 1, low, high, job.stream)
     return bn_normalize_halves(x, y, n, center, scale, shift, 0, low, high, job.stream)
@@ -511,13 +517,17 @@ cdef void normalize_run(
             <const float *> at.x, <const float *> at.residual, <float *> at.out, total, &walk.over_run.rows,
             center, scale, shift, walk.step, &job.activation)
         return
+    if walk.halves and walk.step:
+        done = normalize_halves(job, &at, total, center, scale, shift, 1, walk.over_run.rows.columns)
+        move(&at, &walk.element, done)
+        total -= done
     if job.stream and 0 < walk.element.out <= 4 and <size_t> at.out % 64 > 0:
         # The first chunk ends where a cache line of out does, and so do all, most being whole lines.
         n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.element.out))
     while total > 0:
         n = min(n, total)
         if walk.halves:
-            done = normalize_halves(job, &at, n, center + phase, scale + phase, shift + phase, walk.step)
+            done = normalize_halves(job, &at, n, center + phase, scale + phase, shift + phase, walk.step, 0)
             move(&at, &walk.element, done)
             phase += done * walk.step
         if done < n:

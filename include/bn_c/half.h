@@ -160,26 +160,29 @@ static inline float32x4_t bn_bounded(float32x4_t t, float32x4_t low, float32x4_t
 }
 #endif
 
-/* The function below from `i` on, in steps of `count` vectors, which do not wait for each other: small cores run
- * instructions in their order. Returns where it ends. */
+enum { BN_ROWS = 4 };
+
+/* Elements i to n of a row, or of BN_ROWS rows of n that are joined: `step` is 0 where all have one coefficient, 1
+ * where each has its own, and the coefficients of a row are loaded once for all rows. `count` vectors at a time do not
+ * wait for each other: small cores run instructions in their order. Returns where it ends. */
 static inline __attribute__((always_inline)) ptrdiff_t
 bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center, const float *scale,
                      const float *shift, const int step, float low, float high, const int bounded, const int stream,
-                     const int count)
+                     const int count, const int rows)
 {
     enum { LANES = sizeof(bn_floats) / sizeof(float) };
     const bn_floats lows = bn_all(low), highs = bn_all(high);
+    const ptrdiff_t next = rows ? n : LANES;
     bn_floats c = bn_all(*center), a = bn_all(*scale), b = bn_all(*shift);
-    for (; i + LANES * count <= n; i += LANES * count) {
-        bn_halves halves[4];
+    for (; i + LANES * (rows ? 1 : count) <= n; i += LANES * (rows ? 1 : count)) {
+        bn_halves halves[BN_ROWS];
         for (int j = 0; j < count; j++) {
-            const ptrdiff_t at = i + LANES * j;
-            if (step) {
-                c = bn_floats_at(center + at);
-                a = bn_floats_at(scale + at);
-                b = bn_floats_at(shift + at);
+            if (step && (j == 0 || !rows)) {
+                c = bn_floats_at(center + i + LANES * j);
+                a = bn_floats_at(scale + i + LANES * j);
+                b = bn_floats_at(shift + i + LANES * j);
             }
-            bn_floats t = bn_halves_at(x + at);
+            bn_floats t = bn_halves_at(x + i + next * j);
             t = bn_scaled(t, c, a, b);
             if (bounded)
                 t = bn_bounded(t, lows, highs);
@@ -187,12 +190,30 @@ bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, c
         }
         for (int j = 0; j < count; j++) {
             if (stream)
-                bn_stream_halves(y + i + LANES * j, halves[j]);
+                bn_stream_halves(y + i + next * j, halves[j]);
             else
-                bn_store_halves(y + i + LANES * j, halves[j]);
+                bn_store_halves(y + i + next * j, halves[j]);
         }
     }
     return i;
+}
+
+/* The loop above with what is known of it beforehand. */
+static inline __attribute__((always_inline)) ptrdiff_t
+bn_normalize_some(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center, const float *scale,
+                  const float *shift, const int step, float low, float high, int stream, const int count,
+                  const int rows)
+{
+    const int bounded = low > -INFINITY || high < INFINITY;
+#define BN_NORMALIZE(bounded, stream) \
+    bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, stream, count, rows)
+#if defined(__F16C__)
+    if (stream && (uintptr_t)y % sizeof(bn_halves) == 0)
+        return bounded ? BN_NORMALIZE(1, 1) : BN_NORMALIZE(0, 1);
+#endif
+    (void)stream;
+    return bounded ? BN_NORMALIZE(1, 0) : BN_NORMALIZE(0, 0);
+#undef BN_NORMALIZE
 }
 #endif
 
@@ -205,27 +226,27 @@ static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrd
                                             float high, int stream)
 {
     ptrdiff_t i = 0;
-#if defined(__F16C__)
-#define BN_NORMALIZE(bounded, stream) \
-    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, stream, 1)
-    const int bounded = low > -INFINITY || high < INFINITY;
-    if (stream && (uintptr_t)y % sizeof(bn_halves) == 0) {
-        if (bounded)
-            BN_NORMALIZE(1, 1);
-        else
-            BN_NORMALIZE(0, 1);
-    } else if (bounded) {
-        BN_NORMALIZE(1, 0);
-    } else {
-        BN_NORMALIZE(0, 0);
-    }
-#elif defined(__aarch64__)
-    const int bounded = low > -INFINITY || high < INFINITY;
-    (void)stream;
-    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, 0, 4);
-    i = bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, 0, 1);
+#if BN_CONVERTS_HALVES
+#if defined(__aarch64__)
+    i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, stream, BN_ROWS, 0);
+#endif
+    i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, stream, 1, 0);
 #endif
     return i;
+}
+
+/* The same for joined rows of elements that have coefficients of their own, and each row the same. */
+static inline ptrdiff_t bn_normalize_rows_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, ptrdiff_t columns,
+                                                    const float *center, const float *scale, const float *shift,
+                                                    float low, float high, int stream)
+{
+    ptrdiff_t done = 0;
+#if BN_CONVERTS_HALVES
+    if (columns % 16 == 0)
+        for (; done + BN_ROWS * columns <= n; done += BN_ROWS * columns)
+            bn_normalize_some(x + done, y + done, 0, columns, center, scale, shift, 1, low, high, stream, BN_ROWS, 1);
+#endif
+    return done;
 }
 
 #endif
