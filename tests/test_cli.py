@@ -1,5 +1,6 @@
 """The command line, run as users run it."""
 
+import json
 import re
 import subprocess
 import sys

@@ -162,13 +162,14 @@ static inline float32x4_t bn_bounded(float32x4_t t, float32x4_t low, float32x4_t
 
 enum { BN_ROWS = 4 };
 
-/* Elements i to n of a row, or of BN_ROWS rows of n that are joined: `step` is 0 where all have one coefficient, 1
- * where each has its own, and the coefficients of a row are loaded once for all rows. `count` vectors at a time do not
- * wait for each other: small cores run instructions in their order. Returns where it ends. */
+/* Elements i to n of a row, or of BN_ROWS rows of n that are joined: `step` is 0 where all have one
+ * coefficient, 1 where each has its own, and the coefficients of a row are loaded once for all rows. `count`
+ * vectors at a time do not wait for each other: small cores run instructions in their order. Returns where it
+ * ends. */
 static inline __attribute__((always_inline)) ptrdiff_t
-bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center, const float *scale,
-                     const float *shift, const int step, float low, float high, const int bounded, const int stream,
-                     const int count, const int rows)
+bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center,
+                     const float *scale, const float *shift, const int step, float low, float high,
+                     const int bounded, const int stream, const int count, const int rows)
 {
     enum { LANES = sizeof(bn_floats) / sizeof(float) };
     const bn_floats lows = bn_all(low), highs = bn_all(high);
@@ -199,13 +200,12 @@ bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, c
 }
 
 /* The loop above with what is known of it beforehand. */
-static inline __attribute__((always_inline)) ptrdiff_t
-bn_normalize_some(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center, const float *scale,
-                  const float *shift, const int step, float low, float high, int stream, const int count,
-                  const int rows)
+static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(
+    const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center, const float *scale,
+    const float *shift, const int step, float low, float high, int stream, const int count, const int rows)
 {
     const int bounded = low > -INFINITY || high < INFINITY;
-#define BN_NORMALIZE(bounded, stream) \
+#define BN_NORMALIZE(bounded, stream)                                                                        \
     bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, stream, count, rows)
 #if defined(__F16C__)
     if (stream && (uintptr_t)y % sizeof(bn_halves) == 0)
@@ -236,15 +236,17 @@ static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrd
 }
 
 /* The same for joined rows of elements that have coefficients of their own, and each row the same. */
-static inline ptrdiff_t bn_normalize_rows_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, ptrdiff_t columns,
-                                                    const float *center, const float *scale, const float *shift,
-                                                    float low, float high, int stream)
+static inline ptrdiff_t bn_normalize_rows_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n,
+                                                    ptrdiff_t columns, const float *center,
+                                                    const float *scale, const float *shift, float low,
+                                                    float high, int stream)
 {
     ptrdiff_t done = 0;
 #if BN_CONVERTS_HALVES
     if (columns % 16 == 0)
         for (; done + BN_ROWS * columns <= n; done += BN_ROWS * columns)
-            bn_normalize_some(x + done, y + done, 0, columns, center, scale, shift, 1, low, high, stream, BN_ROWS, 1);
+            bn_normalize_some(x + done, y + done, 0, columns, center, scale, shift, 1, low, high, stream,
+                              BN_ROWS, 1);
 #endif
     return done;
 }

@@ -16,8 +16,8 @@
 
 enum { BN_LINE = 64, BN_AHEAD = 8 * BN_LINE };
 
-/* Asks for the beginning of what is read or written after what comes now. Caches see by themselves how memory goes on, but not
- * where a plane or a row of channels does after a jump. */
+/* Asks for the beginning of what is read or written after what comes now. Caches see by themselves how memory
+ * goes on, but not where a plane or a row of channels does after a jump. */
 static inline void bn_prefetch(const char *data)
 {
     for (int i = 0; i < BN_AHEAD; i += BN_LINE)
