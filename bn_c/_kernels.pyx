@@ -213,7 +213,7 @@ cdef inline float activated(float y, int kind, float low, float high, float slop
     elif kind == LEAKY_RELU:
         y = y if y > 0 else y * slope
     elif kind == HARD_SWISH:
-        y = <float> 0 if y <= -3 else (y if y >= 3 else y * (y + 3) * <float> (1.0 / 6.0))
+        y = <float> 0 if y <= -3 else (y if y >= 3 else y * (y + <float> 3) * <float> (1.0 / 6.0))
     return y
 
 
