@@ -918,52 +918,49 @@ cdef Py_ssize_t add_all(
     cdef float[BLOCK] buffer
     cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row
     cdef bint direct = view.type == FLOAT32 and view.number == 4 and view.mask.data == NULL \
-        and (view.per_row == 1 or view.x.inner == numbers * 4)
+        and (view.per_row == 1 or view.x.inner == numbers * 4) and (view.outer == 1 or view.inner >= 8 * view.per_row)
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
-    cdef Py_ssize_t position, left, some, kept, rows, filled = 0, n = 0
+    cdef Py_ssize_t position, left, some, rows, filled = 0, n = 0
     cdef const char *x
-    cdef const char *mask
+    cdef const char *mask = NULL
     begin(view, kind, center, &centers, sums)
     for position in range(view.outer):
         x = view.x.data + place(view, &view.x, position)
-        if direct and position + 1 < view.outer:
-            bn_prefetch(view.x.data + place(view, &view.x, position + 1))
-        left = view.inner
         if view.mask.data != NULL:
             mask = view.mask.data + place(view, &view.mask, position)
-            while left > 0:
-                some = min(left, most - filled)
-                load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
-                kept = pack(buffer + filled * numbers, mask, view.mask.inner, some, numbers)
-                n += kept
-                filled += kept
-                if filled == most:
-                    add_buffer(view, kind, buffer, filled, &centers, sums)
-                    filled = 0
-                x += some * view.x.inner
-                mask += some * view.mask.inner
-                left -= some
-        elif direct:
+        left = view.inner
+        if direct:
+            if position + 1 < view.outer:
+                bn_prefetch(view.x.data + place(view, &view.x, position + 1))
             rows = left // view.per_row
-            if rows > 0:
-                add(kind, <const float *> x, view.per_row * view.x.inner // 4, rows, columns, &centers, sums)
+            add(kind, <const float *> x, view.per_row * view.x.inner // 4, rows, columns, &centers, sums)
             left -= rows * view.per_row
+            x += rows * view.per_row * view.x.inner
             if left > 0:
-                x += rows * view.per_row * view.x.inner
                 add(kind, <const float *> x, 0, 1, left * numbers, &centers, sums)
-        else:
-            while left > 0:
-                some = min(left, most)
-                load(view.type, x, view.x.inner, view.number, buffer, some, numbers)
-                add_buffer(view, kind, buffer, some, &centers, sums)
-                x += some * view.x.inner
-                left -= some
+            n += view.inner
+            continue
+        while left > 0:
+            some = min(left, most - filled)
+            load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
+            x += some * view.x.inner
+            left -= some
+            if mask != NULL:
+                filled += pack(buffer + filled * numbers, mask, view.mask.inner, some, numbers)
+                mask += some * view.mask.inner
+            else:
+                filled += some
+            if filled == most:
+                add_buffer(view, kind, buffer, filled, &centers, sums)
+                n += filled
+                filled = 0
     add_buffer(view, kind, buffer, filled, &centers, sums)
+    n += filled
     end(view, sums.deviations)
     if kind != DEVIATIONS:
         end(view, sums.squares)
-    return n * view.width if view.mask.data != NULL else view.outer * view.inner * view.width
+    return n * view.width
 
 
 cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t enough, Py_ssize_t *x, Py_ssize_t *mask) noexcept nogil:
