@@ -73,7 +73,8 @@ cdef enum:
     WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
-    PLANE_SAMPLE = 96   # elements of many that the center of a channel is guessed from: 1 in 70 is taken twice
+    WHOLE = 2048        # elements of a channel up to which all are the sample: their mean is exact where data are
+    PLANE_SAMPLE = 96   # elements that the center of a channel is guessed from: 1 in 70 is taken twice
     ROW_SAMPLE = 256    # the same where one channel makes all be taken twice: 1 in 10 000
 
 cdef enum Sum:
@@ -963,28 +964,26 @@ cdef Py_ssize_t add_all(
     return n * view.width
 
 
-cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t enough, Py_ssize_t *x, Py_ssize_t *mask) noexcept nogil:
-    """The length of a loop of that many steps or some more, all over the one given."""
-    cdef Py_ssize_t step = max(<Py_ssize_t> 1, length // enough)
-    x[0] *= step
-    mask[0] *= step
-    return length // step
+cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t most, Py_ssize_t *x, Py_ssize_t *mask) noexcept nogil:
+    """The length of a loop with at most that many steps, which are longer then."""
+    if length <= most:
+        return length
+    x[0] *= length // most
+    mask[0] *= length // most
+    return most
 
 
 cdef View sample_of(const View *view) noexcept nogil:
     """Some elements of each channel, from all over it."""
     cdef View sample = view[0]
-    cdef Py_ssize_t n = view.outer * view.inner * view.width
-    cdef Py_ssize_t enough = ROW_SAMPLE if view.channels > 1 and view.width == 1 else PLANE_SAMPLE
-    if n == 0:
+    if view.outer * view.inner * view.width <= WHOLE:
         return sample
-    # Of few elements fewer are as near the mean of all.
-    enough = enough * n // (enough + n)
+    cdef Py_ssize_t most = ROW_SAMPLE if view.channels > 1 and view.width == 1 else PLANE_SAMPLE
     if view.outer_ndim > 0:
         sample.first = thinned(view.first, 8, &sample.x.first, &sample.mask.first)
         sample.outer = view.outer // view.first * sample.first
-    enough = max(<Py_ssize_t> (8 if view.width > 1 else 1), enough // view.width // sample.outer)
-    sample.inner = thinned(view.inner, enough, &sample.x.inner, &sample.mask.inner)
+    most = max(<Py_ssize_t> (8 if view.width > 1 else 1), most // view.width // sample.outer)
+    sample.inner = thinned(view.inner, most, &sample.x.inner, &sample.mask.inner)
     if view.channels * view.width == 1:
         sample.number = sample.x.inner
     return sample
