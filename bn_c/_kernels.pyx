@@ -834,6 +834,42 @@ cdef inline double m2_of(double deviations, double squares, double n, double cen
     return 0 if squares == 0 and fabs(center) >= 1e-14 else m2
 
 
+cdef inline double center_of(double mean, double value) noexcept nogil:
+    """A float near the mean of a sample, whatever that was: some value of the channel and a step of five bits from it.
+
+    So the deviations of data of few bits have few bits, and their squares and sums are exact.
+    """
+    cdef double step = mean - value
+    cdef double shifted = step * (<double> (<long long> 1 << 48) + 1)
+    step = shifted - (shifted - step)
+    mean = value + step if fabs(step) <= 1e37 else mean
+    return <float> mean if fabs(mean) <= 1e37 else 0
+
+
+cdef bint found_all(const Sums *sums, double n, Py_ssize_t channels, double *center, double *mean, double *m2) noexcept nogil:
+    """The moments of the channels whose m2 is not known yet; whether all are now. The centers become the means."""
+    cdef Py_ssize_t c
+    cdef double found, mean_found
+    cdef bint unsafe = False
+    for c in range(channels):
+        found = m2_of(sums.deviations[c], sums.squares[c], n, center[c], &mean_found)
+        mean[c] = mean_found if m2[c] != m2[c] else mean[c]
+        m2[c] = found if m2[c] != m2[c] else m2[c]
+    for c in range(channels):
+        center[c] = <float> mean[c]
+        unsafe |= m2[c] != m2[c]
+    return not unsafe
+
+
+cdef void begin_at(
+    const Sums *sums, double n, Py_ssize_t channels, const float *values, Py_ssize_t width, double *center,
+) noexcept nogil:
+    """The centers, from sums of a sample and the first value of each channel."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        center[c] = center_of(sums.deviations[c] / n, values[c * width])
+
+
 cdef double wide_m2_of(double deviations, double squares, double n, double center, double *mean) noexcept nogil:
     """The same of sums in double, which are about the mean itself; where that is infinite, so are they."""
     cdef double off = deviations / n
@@ -842,16 +878,26 @@ cdef double wide_m2_of(double deviations, double squares, double n, double cente
     return squares - shifted if squares > shifted else (0 if squares == squares else squares)
 
 
+cdef inline void fill(Centers *centers, const double *center, Py_ssize_t channels, Py_ssize_t width) noexcept nogil:
+    cdef Py_ssize_t c, i
+    for c in range(channels):
+        for i in range(width):
+            centers.exact[c * width + i] = center[c]
+            centers.rounded[c * width + i] = <float> center[c]
+
+
 cdef void begin(const View *view, Sum kind, const double *center, Centers *centers, Sums *sums) noexcept nogil:
     """Each channel's center to all of its columns, whose sums are 0."""
-    cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row, c, i
+    cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row, i
     memset(sums.deviations, 0, columns * sizeof(double))
     if kind != DEVIATIONS:
         memset(sums.squares, 0, columns * sizeof(double))
-    for c in range(view.channels):
-        for i in range(view.width if view.channels > 1 else columns):
-            centers.exact[c * view.width + i] = center[c]
-            centers.rounded[c * view.width + i] = <float> center[c]
+    if view.channels == 1:
+        fill(centers, center, 1, columns)
+    elif view.width == 1:
+        fill(centers, center, view.channels, 1)
+    else:
+        fill(centers, center, view.channels, view.width)
     for i in range(numbers, columns if view.channels > 1 else 0):
         centers.exact[i] = centers.exact[i - numbers]
         centers.rounded[i] = centers.rounded[i - numbers]
@@ -989,26 +1035,13 @@ cdef View sample_of(const View *view) noexcept nogil:
     return sample
 
 
-cdef inline double center_of(double mean, double value) noexcept nogil:
-    """A float near the mean of a sample, whatever that was: some value of the channel and a step of five bits from it.
-
-    So the deviations of data of few bits have few bits, and their squares and sums are exact.
-    """
-    cdef double step = mean - value
-    cdef double shifted = step * (<double> (<long long> 1 << 48) + 1)
-    step = shifted - (shifted - step)
-    mean = value + step if fabs(step) <= 1e37 else mean
-    return <float> mean if fabs(mean) <= 1e37 else 0
-
-
 cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcept nogil:
     cdef Sums sums
     cdef double[WIDEST] center
     cdef float[WIDEST] values
     cdef View sample
     cdef Py_ssize_t c, n
-    cdef int _attempt, unsafe
-    cdef double found, mean_found
+    cdef int _attempt
     for c in range(view.channels):
         center[c] = mean[c] = 0
         m2[c] = NOT_A_NUMBER
@@ -1017,19 +1050,15 @@ cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcep
         n = add_all(&sample, DEVIATIONS, center, &sums)
         if view.mask.data == NULL:
             load(view.type, view.x.data, view.x.inner, view.number, values, 1, view.channels * view.width)
-        for c in range(view.channels):
-            center[c] = center_of(sums.deviations[c] / n, values[c * view.width] if view.mask.data == NULL else 0)
+        else:
+            memset(values, 0, view.channels * view.width * sizeof(float))
+        if view.width == 1:
+            begin_at(&sums, n, view.channels, values, 1, center)
+        else:
+            begin_at(&sums, n, view.channels, values, view.width, center)
         for _attempt in range(2):
             n = add_all(view, SQUARES, center, &sums)
-            for c in range(view.channels if n > 0 else 0):
-                found = m2_of(sums.deviations[c], sums.squares[c], n, center[c], &mean_found)
-                mean[c] = mean_found if m2[c] != m2[c] else mean[c]
-                m2[c] = found if m2[c] != m2[c] else m2[c]
-                center[c] = <float> mean[c]
-            unsafe = 0
-            for c in range(view.channels if n > 0 else 0):
-                unsafe |= m2[c] != m2[c]
-            if not unsafe:
+            if n == 0 or found_all(&sums, n, view.channels, center, mean, m2):
                 return n
     for c in range(view.channels):
         center[c] = 0
