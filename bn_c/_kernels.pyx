@@ -70,7 +70,7 @@ cdef enum:
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
     LANES = 8           # of a sum
-    WIDEST = 512        # columns whose sums are taken at once: with four rows they fit the smallest L1
+    WIDEST = 512        # columns whose sums are taken at once: with eight rows they fit the smallest L1
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
     WHOLE = 2048        # elements of a channel up to which all are the sample: their mean is exact where data are
@@ -935,16 +935,15 @@ cdef Py_ssize_t place(const View *view, const Positions *array, Py_ssize_t posit
     return outer_offset(view.outer_ndim, view.outer_shape, array.outer, array.first, position)
 
 
-cdef void add_buffer(
-    const View *view, Sum kind, const float *x, Py_ssize_t steps, const Centers *centers, Sums *sums,
+cdef void add_steps(
+    const View *view, Sum kind, const float *x, Py_ssize_t stride, Py_ssize_t steps, const Centers *centers, Sums *sums,
 ) noexcept nogil:
-    """Steps that follow each other: whole rows, then what is left of one."""
+    """Steps that follow each other: whole rows, at that stride, then what is left of one."""
     cdef Py_ssize_t rows = steps // view.per_row, numbers = view.channels * view.width
-    cdef Py_ssize_t columns = numbers * view.per_row
     if rows > 0:
-        add(kind, x, columns, rows, columns, centers, sums)
+        add(kind, x, stride, rows, numbers * view.per_row, centers, sums)
     if steps > rows * view.per_row:
-        add(kind, x + rows * columns, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums)
+        add(kind, x + rows * stride, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums)
 
 
 cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
@@ -968,26 +967,21 @@ cdef Py_ssize_t add_all(
         and (view.per_row == 1 or view.x.inner == numbers * 4) and (view.outer == 1 or view.inner >= 8 * view.per_row)
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
-    cdef Py_ssize_t position, left, some, rows, filled = 0, n = 0
+    cdef Py_ssize_t position, left, some, filled = 0, n = 0
     cdef const char *x
     cdef const char *mask = NULL
     begin(view, kind, center, &centers, sums)
     for position in range(view.outer):
         x = view.x.data + place(view, &view.x, position)
-        if view.mask.data != NULL:
-            mask = view.mask.data + place(view, &view.mask, position)
         left = view.inner
         if direct:
             if position + 1 < view.outer:
                 bn_prefetch(view.x.data + place(view, &view.x, position + 1))
-            rows = left // view.per_row
-            add(kind, <const float *> x, view.per_row * view.x.inner // 4, rows, columns, &centers, sums)
-            left -= rows * view.per_row
-            x += rows * view.per_row * view.x.inner
-            if left > 0:
-                add(kind, <const float *> x, 0, 1, left * numbers, &centers, sums)
-            n += view.inner
-            continue
+            add_steps(view, kind, <const float *> x, view.per_row * view.x.inner // 4, left, &centers, sums)
+            n += left
+            left = 0
+        elif view.mask.data != NULL:
+            mask = view.mask.data + place(view, &view.mask, position)
         while left > 0:
             some = min(left, most - filled)
             load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
@@ -999,10 +993,10 @@ cdef Py_ssize_t add_all(
             else:
                 filled += some
             if filled == most:
-                add_buffer(view, kind, buffer, filled, &centers, sums)
+                add_steps(view, kind, buffer, columns, filled, &centers, sums)
                 n += filled
                 filled = 0
-    add_buffer(view, kind, buffer, filled, &centers, sums)
+    add_steps(view, kind, buffer, columns, filled, &centers, sums)
     n += filled
     end(view, sums.deviations)
     if kind != DEVIATIONS:
