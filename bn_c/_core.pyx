@@ -762,6 +762,8 @@ def normalize_given(x, mean, var, gamma, beta, eps, axis, residual, activation, 
     shape = x.shape
     if not -len(shape) <= at < len(shape):
         raise _checks.wrong_axis(at, shape)
+    if at < 0:
+        at += len(shape)  # by hand: without `wraparound` an index into a tuple is taken as it is
     cdef Folded folded = Folded.__new__(Folded, shape[at], gamma, beta)
     folded.fold(mean, var, eps)
     y = forward(x, folded, &kind, at, residual, dtype, out, _threads.resolve(num_threads), 0, False, None, 0)
