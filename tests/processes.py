@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import random
 import resource
 import select
 import signal
@@ -89,3 +90,39 @@ def listen(read, child):
         if not some:
             return text.decode(errors="replace"), False
         text += some
+
+
+def killed_at_any_moment(replace, target, kills):
+    """What stands in a file, if its writer is killed: the old bytes or the new ones, of which it tells how often each."""
+
+    def started():
+        child = os.fork()  # a process whose start takes no time
+        if child == 0:
+            status = 1
+            try:
+                replace()
+                status = 0
+            finally:
+                os._exit(status)
+        return child
+
+    durations = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert os.waitpid(started(), 0)[1] == 0
+        durations.append(time.perf_counter() - began)
+    old, new = b"old", target.read_bytes()
+    seen = {old: 0, new: 0}
+    left = 0
+    choose = random.Random(0)
+    for _ in range(kills):
+        target.write_bytes(old)
+        child = started()
+        time.sleep(choose.uniform(0, 2) * min(durations))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen[target.read_bytes()] += 1
+        for file in target.parent.glob(".bn_c-*.tmp"):
+            left += 1
+            file.unlink()
+    return seen[old], seen[new], left

@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 from command_line import ELSEWHERE, bn_c_command, call, start
+from processes import killed_at_any_moment
 
 import bn_c
 from bn_c.commands import files
@@ -261,43 +262,14 @@ def test_signals_leave_nothing_behind(large, number, status):
     assert written(large.parent) == []
 
 
-KILLS = 30
-
-
-def test_killed_at_any_moment(monkeypatch, tmp_path):
+def test_killed_at_any_moment(monkeypatch, tmp_path, thorough):
     monkeypatch.setattr(files, "BLOCK", 1 << 14)
     x, target = sparse(tmp_path / "x.npy", (300, 4, 1 << 10)), tmp_path / "y.npy"
 
-    def started():
-        child = os.fork()  # a process whose start takes no time
-        if child == 0:
-            status = 1
-            try:
-                status = call("run", x, "-o", target)
-            finally:
-                os._exit(status)
-        return child
+    def run():
+        assert call("run", x, "-o", target) == 0
 
-    durations = []
-    for _ in range(3):
-        began = time.perf_counter()
-        assert os.waitpid(started(), 0)[1] == 0
-        durations.append(time.perf_counter() - began)
-    new, old = target.read_bytes(), b"old"
-    outcomes = set()
-    rng = random.Random(0)
-    for _ in range(KILLS):
-        target.write_bytes(old)
-        child = started()
-        time.sleep(rng.uniform(0, 2) * min(durations))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        content = target.read_bytes()
-        assert content in (old, new)
-        outcomes.add((content == new, len(written(tmp_path))))
-        for file in written(tmp_path):
-            file.unlink()
-    assert outcomes >= {(False, 1), (True, 0)}
+    assert all(killed_at_any_moment(run, target, 500 if thorough else 30))
 
 
 def test_a_full_disk(large):

@@ -1,8 +1,10 @@
 """Layers in and out of files: the same bits, and of a damaged or hostile file one error that names it."""
 
+import errno
 import io
 import json
 import re
+import resource
 import tracemalloc
 import zipfile
 from importlib import import_module
@@ -10,6 +12,8 @@ from importlib import import_module
 import numpy as np
 import oracle
 import pytest
+from fuzz import check_file, corpus
+from processes import killed_at_any_moment
 from test_bad_inputs import error_of, isolated
 
 import bn_c
@@ -163,6 +167,27 @@ def test_what_was_there_stays(path, monkeypatch):
     with pytest.raises(OSError, match=r"directory|Directory"):
         bn_c.save_layers(folder, {})
     assert len(list(path.parent.iterdir())) == 2
+
+
+def on_a_full_disk(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    error = error_of(bn_c.save_layers, path, {"b": bn_c.BatchNorm(1000)})
+    assert (type(error), error.errno) == (OSError, errno.EFBIG)
+
+
+def test_a_full_disk(path):
+    bn_c.save_layers(path, {"a": bn_c.BatchNorm(2)})
+    before = path.read_bytes()
+    isolated(on_a_full_disk, path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(OSError, match="/proc"):  # where root cannot write either
+        bn_c.save_layers(f"/proc/model{path.suffix}", {})
+
+
+def test_killed_at_any_moment(path, thorough):
+    layers = {"a": bn_c.BatchNorm(300_000)}
+    assert all(killed_at_any_moment(lambda: bn_c.save_layers(path, layers), path, 500 if thorough else 30)[:2])
 
 
 def test_a_link_stays_a_link(path):
@@ -370,6 +395,12 @@ def damage(path):
 def test_damaged(path):
     bn_c.save_layers(path, {"a": bn_c.BatchNorm(3)})
     isolated(damage, path)
+
+
+@pytest.mark.parametrize("file", corpus("files"), ids=lambda file: file.name)
+def test_corpus(file, tmp_path):
+    """What fuzzing begins with, and what it found."""
+    isolated(check_file, file.read_bytes(), tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".onnx"])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import oracle
 import pytest
+from fuzz import check_arguments, corpus
 from guard import Guarded, extent
 from oracle import bits
 
@@ -377,3 +378,9 @@ def test_a_bad_argument_is_named_and_nothing_is_written(case, name):
     assert case.argument in said
     assert "\n" not in said
     assert arguments(case) == before
+
+
+def test_corpus():
+    """What fuzzing begins with, and what it found."""
+    check = check_arguments()
+    assert any([check(file.read_bytes()) for file in corpus("arguments")])
