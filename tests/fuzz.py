@@ -13,9 +13,22 @@ import sys
 import tempfile
 import zipfile
 from contextlib import redirect_stderr
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":
+    import atheris
+
+    with atheris.instrument_imports(include=["bn_c", "zipfile"]):
+        for name in ("bn_c", "bn_c.commands.run", "bn_c.models"):
+            import_module(name)
+
+from command_line import call
+
+import bn_c
+from bn_c.models import READERS
 
 CORPUS = Path(__file__).with_name("corpus")
 
@@ -26,28 +39,18 @@ def corpus(kind):
 
 def check_file(data, folder):
     """Every reader takes the file, or says in one line that names it why not."""
-    from command_line import call
-
-    import bn_c
-    from bn_c.models import READERS
-
     for suffix in READERS:
         path = folder / f"model{suffix}"
         path.write_bytes(data)
+        said = str(path)
         try:
-            layers = bn_c.load_layers(path)
+            use(bn_c.load_layers(path))
         except ImportError:
-            continue  # the package for such files is not installed
+            pass  # the package for such files is not installed
         except (OSError, ValueError) as error:
-            assert str(path) in str(error), repr(error)
-            assert "\n" not in str(error), repr(error)
-            continue
-        for layer in layers.values():
-            assert repr(layer)
-            shape = np.ones(max(2, layer.axis + 1, -layer.axis), int)
-            shape[layer.axis] = layer.num_features
-            if not layer.training:
-                layer(np.zeros(shape, np.float32))
+            said = str(error)
+        assert str(path) in said
+        assert "\n" not in said
     for suffix, axis in ((".npy", 0), (".npz", -1)):
         (folder / f"x{suffix}").write_bytes(data)
         with redirect_stderr(io.StringIO()) as said:
@@ -56,36 +59,34 @@ def check_file(data, folder):
     assert not list(folder.glob(".bn_c-*"))
 
 
+def use(layers):
+    """A layer that a file gave is whole."""
+    for layer in layers.values():
+        assert repr(layer)
+        shape = np.ones(max(2, layer.axis + 1, -layer.axis), int)
+        shape[layer.axis] = layer.num_features
+        layer.eval()(np.zeros(shape, np.float32))
+
+
 def check_arguments():
     """What `test_properties.py` tests, with the arguments that Hypothesis makes of bytes."""
-    import test_properties
+    import test_properties as tests
     from hypothesis import given
     from hypothesis import strategies as st
 
-    import bn_c
-
-    right, wrong = test_properties.test_the_result_of_the_oracle_or_an_error, test_properties.test_a_bad_argument_is_named_and_nothing_is_written
-    names = st.sampled_from([None, *test_properties.CALLS])
-
-    @given(st.data(), names)
-    def test(data, name):
+    @given(st.data(), st.sampled_from([None, *tests.CALLS]), st.sampled_from(bn_c.supported_isas()))
+    def test(data, name, isa):
         if name is None:
-            wrong.hypothesis.inner_test(data.draw(test_properties.spoiled()), "inference")
+            check = tests.test_a_bad_argument_is_named_and_nothing_is_written
+            check.hypothesis.inner_test(data.draw(tests.spoiled()), "inference")
         else:
-            isa = data.draw(st.sampled_from(bn_c.supported_isas()))
-            right.hypothesis.inner_test(name, data.draw(test_properties.cases()), isa)
+            check = tests.test_the_result_of_the_oracle_or_an_error
+            check.hypothesis.inner_test(name, data.draw(tests.cases()), isa)
 
     return test.hypothesis.fuzz_one_input
 
 
 def main(kind, seconds):
-    import atheris
-
-    with atheris.instrument_imports(include=["bn_c", "zipfile"]):
-        import bn_c
-        import bn_c.cli
-        import bn_c.commands.run
-        import bn_c.models
     # Damage that the checksum finds goes no further.
     zipfile.ZipExtFile._update_crc = lambda *_: None
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

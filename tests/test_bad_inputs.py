@@ -382,10 +382,10 @@ class Capsule(Result):
 
 
 class Interface:
-    """An object with `__array_interface__`."""
+    """An object with `__array_interface__`, and the array whose memory that is."""
 
-    def __init__(self, interface):
-        self.__array_interface__ = interface
+    def __init__(self, interface, array=None):
+        self.__array_interface__, self.array = interface, array
 
 
 class Index(Result):
@@ -696,7 +696,7 @@ X_CASES = [
         array_method=lambda w: Arrays(w.x),
         array_method_masked_nowhere=lambda w: Arrays(np.ma.masked_array(w.x)),
         array_method_reentrant=lambda w: Reentrant(w.x, w.x),
-        interface=lambda w: Interface(w.x.__array_interface__),
+        interface=lambda w: Interface(w.x.__array_interface__, w.x),
         dlpack=lambda w: Lends(w.x),
         dlpack_half=lambda w: Lends(halves(w)),
         matrix=lambda w: np.asmatrix(put(w, w.x[:, :, 0].copy())),

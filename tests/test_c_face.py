@@ -539,7 +539,12 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "face", NULL, -1, met
 
 PyMODINIT_FUNC PyInit_face(void)
 {
-    return PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module);
+#ifdef Py_GIL_DISABLED
+    if (made != NULL)
+        PyUnstable_Module_SetGIL(made, Py_MOD_GIL_NOT_USED);
+#endif
+    return made;
 }
 """
 

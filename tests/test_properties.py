@@ -288,9 +288,10 @@ def misplaced(draw, a):
 
 
 @st.composite
-def bad_arrays(draw, a, writable):
-    """Something like the array a that no call takes in its place."""
-    fault = draw(st.sampled_from(["type", "rank", "shape", "place", "value", *["writable"] * writable]))
+def bad_arrays(draw, a, writable, bound):
+    """Something like the array a that no call takes in its place; `bound`: another one must have its shape."""
+    faults = ["type", "place", "value", *["rank", "shape"] * bound, *["writable"] * writable]
+    fault = draw(st.sampled_from(faults))
     if fault == "type":
         return np.zeros(a.shape, draw(st.sampled_from(BAD_TYPES)))
     if fault == "rank":
@@ -356,7 +357,8 @@ def spoiled(draw):
     argument = draw(st.sampled_from(["x", "out", "residual", "gamma", "beta", "mean", "var", *BAD_OPTIONS]))
     case.argument = argument
     if argument in ("x", "out", "residual"):
-        case.bad = draw(bad_arrays(case.x, argument == "out"))
+        bound = argument != "x" or case.out is not None or case.residual is not None
+        case.bad = draw(bad_arrays(case.x, argument == "out", bound))
     elif argument in BAD_OPTIONS:
         case.bad = draw(st.sampled_from(BAD_OPTIONS[argument]))
     else:
@@ -383,4 +385,5 @@ def test_a_bad_argument_is_named_and_nothing_is_written(case, name):
 def test_corpus():
     """What fuzzing begins with, and what it found."""
     check = check_arguments()
-    assert any([check(file.read_bytes()) for file in corpus("arguments")])
+    tried = [check(file.read_bytes()) for file in corpus("arguments")]
+    assert any(tried)
