@@ -645,7 +645,7 @@ def test_a_module_in_cython(tmp_path, rng):
     (tmp_path / "whitening.pyx").write_text(snippet("cython"))
     # Cython finds bn_c where Python does, if that is a path: so it is of editable installs too.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    command = [sys.executable, "-m", "cython", "-3", "-Werror", "whitening.pyx"]
+    command = [sys.executable, "-m", "cython", "-3", "-Werror", "-X", "freethreading_compatible=True", "whitening.pyx"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     whiten = compiled(tmp_path, "whitening", tmp_path / "whitening.c", "c").whiten
