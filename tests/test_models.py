@@ -185,6 +185,7 @@ def test_a_full_disk(path):
         bn_c.save_layers(f"/proc/model{path.suffix}", {})
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(path, thorough):
     layers = {"a": bn_c.BatchNorm(100_000)}
     killed_at_any_moment(lambda: bn_c.save_layers(path, layers), path, 500 if thorough else 30)
