@@ -125,6 +125,46 @@ def test_statistics_of_every_size(isa, shape, dtype, sizes, places):
     isolated(sweep, statistics, SHAPES[shape], [*sizes, *sorted(BLOCKS)], places, dtype, "f4")
 
 
+def masked_statistics():
+    """Of two thirds of the elements of each channel."""
+    memory = Memory("?", MOST)
+
+    def call(x, _):
+        mask = memory.place((*x.shape[:1], *x.shape[2:]), x.size % 2 == 0, x.size // 2 % 16)
+        mask.flat = [True, True, False]
+        bn_c.batch_stats(x, mask=mask)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masked_statistics_of_every_size(isa, shape, dtype, sizes, places):
+    isolated(sweep, masked_statistics(), SHAPES[shape], sizes, places, dtype, "f4")
+
+
+def pictures(channels, layout, **options):
+    prepare = bn_c.ImageNormalizer([0.5] * channels, [0.25] * channels, layout=layout, **options)
+
+    def call(frame, out):
+        height, width, _ = frame.shape
+        prepare(frame, out=out if layout == "NHWC" else out.reshape(channels, height, width))
+
+    return call
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"dtype": "int8", "quant": (0.1, 3)}], ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+@pytest.mark.parametrize("height", [1, 3])
+def test_pictures_of_every_size(isa, height, channels, layout, options, sizes, places):
+    def shape_of(n):
+        return height, n // (height * channels), channels
+
+    call = pictures(channels, layout, reverse_channels=True, **options)
+    isolated(sweep, call, shape_of, sizes, places, "u1", options.get("dtype", "float32"))
+
+
 # ---- every layout -----------------------------------------------------------------------------------
 
 
