@@ -94,7 +94,7 @@ def main(kind, seconds):
         new.mkdir()
         target = check_arguments() if kind == "arguments" else lambda data: check_file(data, Path(folder))
         options = [f"-max_total_time={seconds}", f"-artifact_prefix={CORPUS / kind}/", "-max_len=8192"]
-        limits = ["-timeout=20", "-rss_limit_mb=1500"]
+        limits = ["-timeout=20", "-report_slow_units=20", "-rss_limit_mb=1500"]
         atheris.Setup([sys.argv[0], *options, *limits, str(new), str(CORPUS / kind)], target)
         atheris.Fuzz()
 
