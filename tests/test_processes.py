@@ -324,7 +324,7 @@ def resized():
     sys.setswitchinterval(1e-6)
     thread = threading.Thread(target=resize, daemon=True)
     thread.start()
-    wrong, errors = 0, {"x: expected 400000 channels on axis 0, got shape (400001)"}
+    wrong, errors = 0, {"x: expected 400000 channels on axis 0, got shape (400001,)"}
     for calls in itertools.count():
         if calls > 50 and (refused or calls > 5000):
             break
