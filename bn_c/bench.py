@@ -379,8 +379,7 @@ def _sampler(way: Way) -> Callable[[], float]:
 
     def sample(repeats: int) -> float:
         way.before()
-        if repeats > 1:
-            way.call()  # so that work that fits a cache finds its arrays there
+        way.call()  # so that work that fits a cache finds its arrays there
         return timer.timeit(repeats) / repeats
 
     return partial(sample, math.ceil(SAMPLE / max(1e-7, min(sample(1) for _ in range(3)))))
