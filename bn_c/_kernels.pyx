@@ -208,13 +208,16 @@ cdef void store(
 
 cdef inline float activated(float y, int kind, float low, float high, float slope) noexcept nogil:
     """Comparisons are written so that NaN stays NaN."""
+    cdef float product
     if kind == CLIP:
         y = low if y < low else y
         y = high if y > high else y
     elif kind == LEAKY_RELU:
         y = y if y > 0 else y * slope
     elif kind == HARD_SWISH:
-        y = <float> 0 if y <= -3 else (y if y >= 3 else y * (y + <float> 3) * <float> (1.0 / 6.0))
+        product = y * (y + <float> 3) * <float> (1.0 / 6.0)
+        product = y if y >= 3 else product
+        y = <float> 0 if y <= -3 else product
     return y
 
 
