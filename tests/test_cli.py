@@ -75,6 +75,7 @@ def test_closed_standard_error(monkeypatch, capsys, tmp_path):
     (tmp_path / "b.npy").write_text("broken")
     assert call("stats", tmp_path) == 1
     assert json.loads(capsys.readouterr().out)["count"] == 2
+    sys.stderr.close()
 
 
 @pytest.mark.parametrize("command", ["info", "demo"])
