@@ -107,13 +107,6 @@ def names(values: Iterable[str]) -> str:
     return ", ".join(map(repr, keys[:5])) + (" ..." if len(keys) > 5 else "") or "none"
 
 
-def unreadable(name: str, value: NDArray[Any], writable: bool) -> Exception:
-    """Why NumPy would not hand out the buffer of an array."""
-    if writable and not value.flags.writeable:
-        return ValueError(f"{name}: expected a writable array, got a read-only one")
-    return wrong_dtype(name, value, name == "x")
-
-
 def wrong_dtype(name: str, value: NDArray[Any], integers: bool) -> Exception:
     """The error for a dtype that the loops do not read."""
     expected = X_DTYPES if integers else FLOAT_DTYPES

@@ -1,11 +1,10 @@
 """From checked arguments to the kernels: takes the arrays' buffers, lays them out, runs the loops.
 
-a. Arrays are taken through the buffer protocol by hand, not as typed memoryviews: x may have any rank and
-   be float16, which memoryviews refuse, and they would accept what must be refused (byte-swapped and
-   unaligned data). Parameters, which are one-dimensional, are memoryviews.
+a. Arrays are taken through NumPy's C API: asking for a buffer costs more than all of the work on 64 values. Shapes and
+   strides are copied, since another thread may reshape an array; whoever calls keeps the arrays themselves alive.
 b. Everything is checked before the first element is written.
 c. Compiled for the baseline; only the kernels know more, and they are handed in by `use`.
-d. Calls from C come as the same buffers, without objects behind them, and go the same way without Python.
+d. Calls from C come as the same views, without objects behind them, and go the same way without Python.
 """
 
 from libc.math cimport INFINITY, isfinite
@@ -13,10 +12,10 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.ref cimport Py_INCREF
 
 from bn_c cimport (
     BN_BAD_ACTIVATION, BN_BAD_AXIS, BN_BAD_CHANNELS, BN_BAD_EPS, BN_BAD_NDIM, BN_BAD_PARAMS, BN_BAD_SHAPE, BN_BAD_TYPE,
@@ -29,13 +28,32 @@ from bn_c._layout cimport (
     widest_loop,
 )
 
-import sys
-
 import numpy as np
 
 from queue import SimpleQueue
 
 from bn_c import _checks, _threads
+
+# By hand: NumPy's own .pxd looks up all of its types at import.
+cdef extern from "numpy/arrayobject.h":
+    ctypedef struct PyArrayObject:
+        pass
+    ctypedef struct PyArray_Descr:
+        pass
+    enum:
+        NPY_BYTE, NPY_UBYTE, NPY_SHORT, NPY_USHORT, NPY_HALF, NPY_FLOAT, NPY_DOUBLE, NPY_KEEPORDER
+    int _import_array() except -1
+    int PyArray_NDIM(PyArrayObject *array)
+    const Py_ssize_t *PyArray_DIMS(PyArrayObject *array)
+    const Py_ssize_t *PyArray_STRIDES(PyArrayObject *array)
+    char *PyArray_BYTES(PyArrayObject *array)
+    int PyArray_TYPE(PyArrayObject *array)
+    bint PyArray_ISNOTSWAPPED(PyArrayObject *array)
+    bint PyArray_ISWRITEABLE(PyArrayObject *array)
+    int PyArray_FailUnlessWriteable(PyArrayObject *array, const char *name) except -1
+    object PyArray_NewLikeArray(PyArrayObject *prototype, int order, PyArray_Descr *stolen_dtype, int subok)
+
+_import_array()
 
 cdef extern from "bn_c/cpu.h" nogil:
     ctypedef struct bn_fp_state:
@@ -56,12 +74,10 @@ cdef enum:
     UNIT = 1 << 18              # bytes of channels normalised right after their statistics: they are still in L2
     RUN = 512                   # elements of planes that follow each other in such a unit, at least
 
-cdef char NATIVE = ord("<" if sys.byteorder == "little" else ">")
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t stream_from = 0
 cdef Py_ssize_t parallel_from = 1 << 20     # elements: below, waking threads (some 30 us) costs more than they do
 cdef object ndarray = np.ndarray
-cdef object empty_like = np.empty_like
 cdef object float32 = np.dtype(np.float32)
 cdef object float16 = np.dtype(np.float16)
 
@@ -88,36 +104,42 @@ def wake_threads_from(Py_ssize_t elements):
 
 # ---- arrays -----------------------------------------------------------------------------------------
 
+cdef struct View:
+    char *data
+    int ndim
+    const Py_ssize_t *shape
+    const Py_ssize_t *strides   # NULL: there is no array
+    Py_ssize_t itemsize
+    Py_ssize_t len              # bytes
+    Py_ssize_t[MAX_NDIM] own_shape, own_strides
+
+
 cdef struct Arrays:
-    Py_buffer x
-    Py_buffer mask
-    Py_buffer residual
-    Py_buffer out
+    View x
+    View mask
+    View residual
+    View out
 
 
-cdef int type_code(const char *format) noexcept:
-    # The byte order is spelt out where a dtype does so, and where data is unaligned.
-    if format != NULL and (format[0] == NATIVE or format[0] == b"="):
-        format += 1
-    if format == NULL or format[0] == 0 or format[1] != 0:
-        return ABSENT
-    if format[0] == b"f":
+cdef int type_code(int number) noexcept:
+    """Of a NumPy type; ABSENT if the loops do not read it."""
+    if number == NPY_FLOAT:
         return FLOAT32
-    if format[0] == b"e":
+    if number == NPY_HALF:
         return FLOAT16
-    if format[0] == b"B":
+    if number == NPY_UBYTE:
         return UINT8
-    if format[0] == b"b":
+    if number == NPY_BYTE:
         return INT8
-    if format[0] == b"H":
+    if number == NPY_USHORT:
         return UINT16
-    if format[0] == b"h":
+    if number == NPY_SHORT:
         return INT16
     return ABSENT
 
 
-cdef bint is_aligned(const Py_buffer *view) noexcept nogil:
-    cdef size_t places = <size_t> view.buf
+cdef bint is_aligned(const View *view) noexcept nogil:
+    cdef size_t places = <size_t> view.data
     cdef int d
     for d in range(view.ndim):
         if view.shape[d] > 1:
@@ -125,25 +147,36 @@ cdef bint is_aligned(const Py_buffer *view) noexcept nogil:
     return places % <size_t> view.itemsize == 0 or view.len == 0
 
 
-cdef int take_array(Py_buffer *view, Operand *operand, str name, array, bint writable, bint integers) except -1:
-    """Takes the buffer of an array and checks that its elements can be read (and written) as they are."""
-    try:
-        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0))
-    except (ValueError, BufferError) as error:
-        raise _checks.unreadable(name, array, writable) from error
-    operand.type = type_code(view.format)
-    operand.data = <char *> view.buf
+cdef int take_array(View *view, Operand *operand, str name, array, bint writable, bint integers) except -1:
+    """Views an array, after checking that its elements can be read (and written) as they are."""
+    assert type(array) is ndarray
+    cdef PyArrayObject *of = <PyArrayObject *> array
+    cdef int d
+    if writable and not PyArray_ISWRITEABLE(of):
+        raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    if writable:
+        PyArray_FailUnlessWriteable(of, "out")  # warns where NumPy is about to make it read-only
+    operand.type = type_code(PyArray_TYPE(of)) if PyArray_ISNOTSWAPPED(of) else ABSENT
     if operand.type == ABSENT or (not integers and operand.type > FLOAT16):
         raise _checks.wrong_dtype(name, array, integers)
+    view.ndim = PyArray_NDIM(of)
     if view.ndim == 0 or view.ndim > MAX_NDIM:
         raise ValueError(f"{name}: expected 1 to {MAX_NDIM} dimensions, got {view.ndim}")
+    view.data = operand.data = PyArray_BYTES(of)
+    view.shape = view.own_shape
+    view.strides = view.own_strides
+    view.itemsize = view.len = size_of_type(operand.type)
+    for d in range(view.ndim):
+        view.own_shape[d] = PyArray_DIMS(of)[d]
+        view.own_strides[d] = PyArray_STRIDES(of)[d]
+        view.len *= view.own_shape[d]
     if not is_aligned(view):
         hint = "" if writable else f"; pass {name}.copy()"
         raise ValueError(f"{name}: expected aligned elements, got an unaligned array{hint}")
     return 0
 
 
-cdef bint has_shape_of(const Py_buffer *x, const Py_buffer *view) noexcept nogil:
+cdef bint has_shape_of(const View *x, const View *view) noexcept nogil:
     cdef int d
     cdef bint same = view.ndim == x.ndim
     for d in range(x.ndim if same else 0):
@@ -151,7 +184,7 @@ cdef bint has_shape_of(const Py_buffer *x, const Py_buffer *view) noexcept nogil
     return same
 
 
-cdef int same_shape(str name, const Py_buffer *view, const Py_buffer *x) except -1:
+cdef int same_shape(str name, const View *view, const View *x) except -1:
     if not has_shape_of(x, view):
         raise ValueError(
             f"{name}: expected the shape of x, {_checks.shape([x.shape[d] for d in range(x.ndim)])}, "
@@ -159,11 +192,11 @@ cdef int same_shape(str name, const Py_buffer *view, const Py_buffer *x) except 
     return 0
 
 
-cdef void extent(const Py_buffer *view, size_t *low, size_t *high) noexcept nogil:
+cdef void extent(const View *view, size_t *low, size_t *high) noexcept nogil:
     """The addresses from the first byte to behind the last."""
     cdef int d
     cdef Py_ssize_t length
-    low[0] = <size_t> view.buf
+    low[0] = <size_t> view.data
     high[0] = low[0] + view.itemsize
     for d in range(view.ndim):
         length = (view.shape[d] - 1) * view.strides[d]
@@ -173,7 +206,7 @@ cdef void extent(const Py_buffer *view, size_t *low, size_t *high) noexcept nogi
             high[0] += length
 
 
-cdef bint is_apart_or_same(const Py_buffer *view, const Py_buffer *out_view) noexcept nogil:
+cdef bint is_apart_or_same(const View *view, const View *out_view) noexcept nogil:
     cdef size_t low, high, out_low, out_high
     cdef bint same
     cdef int d
@@ -181,20 +214,20 @@ cdef bint is_apart_or_same(const Py_buffer *view, const Py_buffer *out_view) noe
     extent(out_view, &out_low, &out_high)
     if high <= out_low or out_high <= low:
         return True
-    same = view.buf == out_view.buf and view.itemsize == out_view.itemsize
+    same = view.data == out_view.data and view.itemsize == out_view.itemsize
     for d in range(view.ndim):
         same = same and (view.shape[d] == 1 or view.strides[d] == out_view.strides[d])
     return same
 
 
-cdef int no_overlap(str name, const Py_buffer *view, array, const Py_buffer *out_view, out) except -1:
+cdef int no_overlap(str name, const View *view, array, const View *out_view, out) except -1:
     """out may be the other array itself, or apart from it; a partial overlap would read what was written."""
     if not is_apart_or_same(view, out_view) and _checks.share_memory(array, out):
         raise ValueError(f"out: expected {name} itself or memory apart from it, got a partial overlap with {name}")
     return 0
 
 
-cdef bint overlaps_itself(const Py_buffer *view) noexcept nogil:
+cdef bint overlaps_itself(const View *view) noexcept nogil:
     """Whether a stride does not span all dimensions with smaller ones."""
     cdef Py_ssize_t[MAX_NDIM] strides, lengths
     cdef Py_ssize_t span = view.itemsize, stride
@@ -218,27 +251,27 @@ cdef bint overlaps_itself(const Py_buffer *view) noexcept nogil:
     return False
 
 
-cdef int no_self_overlap(const Py_buffer *view) except -1:
+cdef int no_self_overlap(const View *view) except -1:
     if overlaps_itself(view):
         raise ValueError("out: expected every element in a place of its own, got elements that overlap in memory")
     return 0
 
 
-cdef int axis_of(const Py_buffer *x, Py_ssize_t axis) noexcept nogil:
+cdef int axis_of(const View *x, Py_ssize_t axis) noexcept nogil:
     """Counted from the front; ABSENT if x has none such."""
     if axis < -x.ndim or axis >= x.ndim:
         return ABSENT
     return <int> (axis + x.ndim if axis < 0 else axis)
 
 
-cdef int channel_axis(Py_ssize_t axis, const Py_buffer *x) except -1:
+cdef int channel_axis(Py_ssize_t axis, const View *x) except -1:
     cdef int at = axis_of(x, axis)
     if at == ABSENT:
         raise _checks.wrong_axis(axis, [x.shape[d] for d in range(x.ndim)])
     return at
 
 
-cdef Py_ssize_t elements(const Py_buffer *view) noexcept nogil:
+cdef Py_ssize_t elements(const View *view) noexcept nogil:
     return view.len // view.itemsize
 
 
@@ -246,15 +279,8 @@ cdef new_out(x, int type, dtype):
     """An array like x, in x's memory order."""
     if dtype is None:
         dtype = float16 if type == FLOAT16 else float32
-    return empty_like(x, dtype)
-
-
-cdef void release(Arrays *arrays) noexcept:
-    # Releasing what was never taken (obj is NULL) does nothing.
-    PyBuffer_Release(&arrays.x)
-    PyBuffer_Release(&arrays.mask)
-    PyBuffer_Release(&arrays.residual)
-    PyBuffer_Release(&arrays.out)
+    Py_INCREF(dtype)
+    return PyArray_NewLikeArray(<PyArrayObject *> x, NPY_KEEPORDER, <PyArray_Descr *> dtype, False)
 
 
 cdef int take_input(Arrays *arrays, Job *job, x, Py_ssize_t axis, Py_ssize_t channels) except -1:
@@ -269,6 +295,7 @@ cdef int take_input(Arrays *arrays, Job *job, x, Py_ssize_t axis, Py_ssize_t cha
 cdef int take_mask(Arrays *arrays, Job *statistics, mask) except -1:
     """`mask` as `_checks.mask` returns it: in the place of a residual, which statistics have none of."""
     statistics.residual.data = statistics.out.data = NULL
+    arrays.mask.strides = NULL
     if mask is not None:
         take_array(&arrays.mask, &statistics.residual, "mask", mask, False, True)
         same_shape("mask", &arrays.mask, &arrays.x)
@@ -276,8 +303,11 @@ cdef int take_mask(Arrays *arrays, Job *statistics, mask) except -1:
 
 
 cdef int take_residual(Arrays *arrays, Job *job, residual) except -1:
-    take_array(&arrays.residual, &job.residual, "residual", residual, False, False)
-    same_shape("residual", &arrays.residual, &arrays.x)
+    job.residual.data = NULL
+    arrays.residual.strides = NULL
+    if residual is not None:
+        take_array(&arrays.residual, &job.residual, "residual", residual, False, False)
+        same_shape("residual", &arrays.residual, &arrays.x)
     return 0
 
 
@@ -330,36 +360,30 @@ cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double e
 
 cdef bint copied(values, double *to, Py_ssize_t channels) except -1:
     """Copies a vector of floats or doubles that has one element per channel; False, and nothing, if it is not that."""
-    cdef Py_buffer view
+    cdef PyArrayObject *of
     cdef Py_ssize_t c, stride
     cdef const char *data
     cdef bn_fp_state state
+    cdef int type_number
     if type(values) is not ndarray:
         return False
-    try:
-        PyObject_GetBuffer(values, &view, PyBUF_STRIDES | PyBUF_FORMAT)
-    except (ValueError, BufferError):
+    of = <PyArrayObject *> values
+    if PyArray_NDIM(of) != 1 or PyArray_DIMS(of)[0] != channels or not PyArray_ISNOTSWAPPED(of):
         return False
-    try:
-        if view.ndim != 1 or view.shape[0] != channels or view.format == NULL or view.format[1] != 0:
-            return False
-        stride = view.strides[0]
-        data = <const char *> view.buf
-        if (<size_t> data | <size_t> stride) % <size_t> view.itemsize:
-            return False
-        if view.format[0] == b"f":
-            bn_fp_enter(&state)             # or subnormals may be taken for 0
-            for c in range(channels):
-                to[c] = (<const float *> (data + c * stride))[0]
-            bn_fp_leave(&state)
-        elif view.format[0] == b"d":
-            for c in range(channels):
-                to[c] = (<const double *> (data + c * stride))[0]
-        else:
-            return False
-    finally:
-        PyBuffer_Release(&view)
-    return True
+    type_number = PyArray_TYPE(of)
+    stride = PyArray_STRIDES(of)[0]
+    data = PyArray_BYTES(of)
+    if type_number == NPY_FLOAT and (<size_t> data | <size_t> stride) % sizeof(float) == 0:
+        bn_fp_enter(&state)             # or subnormals may be taken for 0
+        for c in range(channels):
+            to[c] = (<const float *> (data + c * stride))[0]
+        bn_fp_leave(&state)
+        return True
+    if type_number == NPY_DOUBLE and (<size_t> data | <size_t> stride) % sizeof(double) == 0:
+        for c in range(channels):
+            to[c] = (<const double *> (data + c * stride))[0]
+        return True
+    return False
 
 
 cdef class Folded:
@@ -679,7 +703,7 @@ cdef void lay_out_y(
     lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, arrays.residual.strides, arrays.out.strides)
     job.coefficients = coefficients[0]
     job.activation = activation[0]
-    job.stream = kernels.streams and arrays.out.len > stream_from and arrays.out.buf != arrays.x.buf
+    job.stream = kernels.streams and arrays.out.len > stream_from and arrays.out.data != arrays.x.data
 
 
 cdef void lay_out_statistics(Job *job, const Arrays *arrays, int at) noexcept nogil:
@@ -696,38 +720,32 @@ cdef object forward(
     cdef Job *job = &work.job
     cdef int at
     cdef Py_ssize_t size
-    memset(&arrays, 0, sizeof(arrays))
-    job.residual.data = NULL
-    try:
-        at = take_input(&arrays, job, x, axis, folded.channels)
-        take_mask(&arrays, &work.statistics, mask)
-        if residual is not None:
-            take_residual(&arrays, job, residual)
-        if out is None:
-            out = new_out(x, job.x.type, dtype)
-            take_array(&arrays.out, &job.out, "out", out, True, False)
-            # NumPy allocates with Python's help, where another thread may reshape x.
-            same_shape("out", &arrays.out, &arrays.x)
-        else:
-            take_given_out(&arrays, job, x, mask, residual, out, dtype)
-        size = elements(&arrays.x)
-        folded.count = 0 if size == 0 else (counted if mask is not None else size // folded.channels)
-        if size == 0:
-            if batch and folded.channels > 0:
-                raise ValueError(f"x: expected at least one element per channel, got shape {_checks.shape(x.shape)}")
-            return out
-        if batch and folded.count == 0:
-            raise ValueError("mask: expected at least one True, got none")
-        lay_out_y(job, &arrays, at, &folded.k, activation)
-        if batch:
-            work.statistics.x = job.x
-            lay_out_statistics(&work.statistics, &arrays, at)
-            run_batch(&work, folded, eps, threads)
-        else:
-            work.task = NORMALIZE
-            run_parts(&work, widest_loop(job), threads)
-    finally:
-        release(&arrays)
+    at = take_input(&arrays, job, x, axis, folded.channels)
+    take_mask(&arrays, &work.statistics, mask)
+    take_residual(&arrays, job, residual)
+    if out is None:
+        out = new_out(x, job.x.type, dtype)
+        take_array(&arrays.out, &job.out, "out", out, True, False)
+        # NumPy allocates with Python's help, where another thread may reshape x.
+        same_shape("out", &arrays.out, &arrays.x)
+    else:
+        take_given_out(&arrays, job, x, mask, residual, out, dtype)
+    size = elements(&arrays.x)
+    folded.count = 0 if size == 0 else (counted if mask is not None else size // folded.channels)
+    if size == 0:
+        if batch and folded.channels > 0:
+            raise ValueError(f"x: expected at least one element per channel, got shape {_checks.shape(x.shape)}")
+        return out
+    if batch and folded.count == 0:
+        raise ValueError("mask: expected at least one True, got none")
+    lay_out_y(job, &arrays, at, &folded.k, activation)
+    if batch:
+        work.statistics.x = job.x
+        lay_out_statistics(&work.statistics, &arrays, at)
+        run_batch(&work, folded, eps, threads)
+    else:
+        work.task = NORMALIZE
+        run_parts(&work, widest_loop(job), threads)
     return out
 
 
@@ -788,19 +806,15 @@ def moments(x, mask, Py_ssize_t counted, Py_ssize_t axis, channels, int threads)
     cdef Job *job = &work.statistics
     cdef double[:, ::1] result
     cdef Py_ssize_t count = 0
-    memset(&arrays, 0, sizeof(arrays))
-    try:
-        at = take_input(&arrays, job, x, axis, ABSENT if channels is None else channels)
-        take_mask(&arrays, job, mask)
-        table = np.zeros((2, arrays.x.shape[at]))
-        if elements(&arrays.x) > 0:
-            count = elements(&arrays.x) // arrays.x.shape[at] if mask is None else counted
-        if count > 0:
-            result = table
-            lay_out_statistics(job, &arrays, at)
-            run_moments(&work, &result[0, 0], &result[1, 0], threads)
-    finally:
-        release(&arrays)
+    at = take_input(&arrays, job, x, axis, ABSENT if channels is None else channels)
+    take_mask(&arrays, job, mask)
+    table = np.zeros((2, arrays.x.shape[at]))
+    if elements(&arrays.x) > 0:
+        count = elements(&arrays.x) // arrays.x.shape[at] if mask is None else counted
+    if count > 0:
+        result = table
+        lay_out_statistics(job, &arrays, at)
+        run_moments(&work, &result[0, 0], &result[1, 0], threads)
     return count, table[0], table[1]
 
 
@@ -865,7 +879,7 @@ cdef enum:
 max_channels = MAX_CHANNELS
 
 
-cdef int take_typed(Py_buffer *view, Operand *operand, str name, array, bint writable, dtype, int type) except -1:
+cdef int take_typed(View *view, Operand *operand, str name, array, bint writable, dtype, int type) except -1:
     """As `take_array`, of one dtype."""
     if array.dtype == dtype:
         take_array(view, operand, name, array, writable, True)
@@ -874,7 +888,7 @@ cdef int take_typed(Py_buffer *view, Operand *operand, str name, array, bint wri
     raise _checks.other_dtype(name, array, dtype)
 
 
-cdef void set_out_shape(Py_ssize_t *to, const Py_buffer *x, bint channels_last) noexcept nogil:
+cdef void set_out_shape(Py_ssize_t *to, const View *x, bint channels_last) noexcept nogil:
     """Of y for frames of shape (height, width, channels), with or without a batch before them."""
     cdef int height = x.ndim - 3
     memcpy(to, x.shape, x.ndim * sizeof(Py_ssize_t))
@@ -884,7 +898,7 @@ cdef void set_out_shape(Py_ssize_t *to, const Py_buffer *x, bint channels_last) 
         to[height + 2] = x.shape[height + 1]
 
 
-cdef void set_strides(Py_ssize_t *to, const Py_buffer *view, bint channels_last) noexcept nogil:
+cdef void set_strides(Py_ssize_t *to, const View *view, bint channels_last) noexcept nogil:
     """Of (batch, height, width, channels), whatever the order in the array, which may be without a batch."""
     cdef int none = 4 - view.ndim
     to[0] = 0 if none else view.strides[0]
@@ -907,14 +921,14 @@ cdef void join_width(Images *images, int dim) noexcept nogil:
 
 
 cdef void lay_out_images(
-    Images *images, const Py_buffer *x, const Py_buffer *out, bint reverse, bint channels_last,
+    Images *images, const View *x, const View *out, bint reverse, bint channels_last,
 ) noexcept nogil:
     cdef int d
     images.shape[0] = x.shape[0] if x.ndim == 4 else 1
     for d in range(HEIGHT, 4):
         images.shape[d] = x.shape[x.ndim - 4 + d]
-    images.x = <const char *> x.buf
-    images.out = <char *> out.buf
+    images.x = <const char *> x.data
+    images.out = <char *> out.data
     set_strides(images.x_strides, x, True)
     set_strides(images.out_strides, out, channels_last)
     if reverse:
@@ -982,13 +996,13 @@ cdef class Pixels:
         self.linear = linear
         self.channels = linear.shape[1]
         self.dtype = dtype
-        self.type = type_code(dtype.char.encode())
+        self.type = type_code(dtype.num)
         self.table = None if table is None else table.view(np.uint8)
         self.in_table = not linear_is_exact
         self.reverse = reverse
         self.channels_last = channels_last
 
-    cdef int set_images(self, Images *images, const Py_buffer *x, const Py_buffer *out) except -1:
+    cdef int set_images(self, Images *images, const View *x, const View *out) except -1:
         lay_out_images(images, x, out, self.reverse, self.channels_last)
         images.type = self.type
         images.scale = &self.linear[0, 0]
@@ -1003,29 +1017,25 @@ cdef class Pixels:
         cdef Operand operand
         cdef Py_ssize_t[4] sizes
         cdef Images images
-        memset(&arrays, 0, sizeof(arrays))
-        try:
-            take_typed(&arrays.x, &operand, "frame", frame, False, np.dtype(np.uint8), UINT8)
-            if arrays.x.ndim not in (3, 4) or arrays.x.shape[arrays.x.ndim - 1] != self.channels:
-                raise _checks.wrong_frame([arrays.x.shape[d] for d in range(arrays.x.ndim)], self.channels)
-            set_out_shape(sizes, &arrays.x, self.channels_last)
-            shape = tuple([sizes[d] for d in range(arrays.x.ndim)])
-            given = out is not None
-            if not given:
-                out = np.empty(shape, self.dtype)
-            take_typed(&arrays.out, &operand, "out", out, True, self.dtype, self.type)
-            got = tuple([arrays.out.shape[d] for d in range(arrays.out.ndim)])
-            if got != shape:
-                raise ValueError(f"out: expected shape {_checks.shape(shape)}, got {_checks.shape(got)}")
-            if arrays.out.len > 0:
-                if given:
-                    no_self_overlap(&arrays.out)
-                    if _checks.share_memory(frame, out):
-                        raise ValueError("out: expected memory apart from that of frame, got an overlap with it")
-                self.set_images(&images, &arrays.x, &arrays.out)
-                run_images_parts(&images, threads)
-        finally:
-            release(&arrays)
+        take_typed(&arrays.x, &operand, "frame", frame, False, np.dtype(np.uint8), UINT8)
+        if arrays.x.ndim not in (3, 4) or arrays.x.shape[arrays.x.ndim - 1] != self.channels:
+            raise _checks.wrong_frame([arrays.x.shape[d] for d in range(arrays.x.ndim)], self.channels)
+        set_out_shape(sizes, &arrays.x, self.channels_last)
+        shape = tuple([sizes[d] for d in range(arrays.x.ndim)])
+        given = out is not None
+        if not given:
+            out = np.empty(shape, self.dtype)
+        take_typed(&arrays.out, &operand, "out", out, True, self.dtype, self.type)
+        got = tuple([arrays.out.shape[d] for d in range(arrays.out.ndim)])
+        if got != shape:
+            raise ValueError(f"out: expected shape {_checks.shape(shape)}, got {_checks.shape(got)}")
+        if arrays.out.len > 0:
+            if given:
+                no_self_overlap(&arrays.out)
+                if _checks.share_memory(frame, out):
+                    raise ValueError("out: expected memory apart from that of frame, got an overlap with it")
+            self.set_images(&images, &arrays.x, &arrays.out)
+            run_images_parts(&images, threads)
         return out
 
 
@@ -1043,9 +1053,9 @@ cdef struct Params:
 
 
 cdef int take_from_c(
-    Py_buffer *view, Operand *operand, const bn_array *array, Py_ssize_t *gapless, bint integers, const Py_buffer *like,
+    View *view, Operand *operand, const bn_array *array, bint integers, const View *like,
 ) noexcept nogil:
-    """As `take_array`, and with the shape of `like` if that is not NULL; `gapless` has room for strides."""
+    """As `take_array`, and with the shape of `like` if that is not NULL."""
     cdef int d
     cdef bint empty = False
     if array == NULL:
@@ -1058,13 +1068,13 @@ cdef int take_from_c(
         return BN_NULL
     operand.type = array.type
     operand.data = <char *> array.data
-    view.buf = array.data
+    view.data = <char *> array.data
     view.ndim = array.ndim
-    view.shape = <Py_ssize_t *> array.shape
-    view.strides = gapless if array.strides == NULL else <Py_ssize_t *> array.strides
+    view.shape = array.shape
+    view.strides = array.strides if array.strides != NULL else &view.own_strides[0]
     view.itemsize = view.len = size_of_type(array.type)
     for d in range(array.ndim - 1, -1, -1):
-        gapless[d] = view.len
+        view.own_strides[d] = view.len
         if array.shape[d] < 0 or (array.shape[d] > 0 and view.len > PY_SSIZE_T_MAX // array.shape[d]):
             return BN_BAD_SHAPE
         if array.shape[d] == 0:
@@ -1126,7 +1136,6 @@ cdef int normalize_from_c(
     cdef const Params *params = <const Params *> memory
     cdef Activation identity
     cdef Arrays arrays
-    cdef Py_ssize_t[3][MAX_NDIM] gapless
     cdef Coefficients k
     cdef Work work
     cdef Job *job = &work.job
@@ -1140,13 +1149,13 @@ cdef int normalize_from_c(
         activation = &identity
     if not is_activation(activation):
         return BN_BAD_ACTIVATION
-    memset(&arrays, 0, sizeof(arrays))
     job.residual.data = NULL
-    error = take_from_c(&arrays.x, &job.x, x, gapless[0], True, NULL)
+    arrays.residual.strides = NULL
+    error = take_from_c(&arrays.x, &job.x, x, True, NULL)
     if error == BN_OK and residual != NULL:
-        error = take_from_c(&arrays.residual, &job.residual, residual, gapless[1], False, &arrays.x)
+        error = take_from_c(&arrays.residual, &job.residual, residual, False, &arrays.x)
     if error == BN_OK:
-        error = take_from_c(&arrays.out, &job.out, out, gapless[2], False, &arrays.x)
+        error = take_from_c(&arrays.out, &job.out, out, False, &arrays.x)
     if error != BN_OK:
         return error
     at = axis_of(&arrays.x, axis)
@@ -1169,7 +1178,6 @@ cdef int normalize_from_c(
 
 cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *mean, double *m2) noexcept nogil:
     cdef Arrays arrays
-    cdef Py_ssize_t[MAX_NDIM] gapless
     cdef Work work, piece
     cdef Job *job = &work.statistics
     cdef Py_ssize_t channels, pieces = 1, index
@@ -1177,9 +1185,9 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
     cdef int at, error
     if count == NULL or mean == NULL or m2 == NULL:
         return BN_NULL
-    memset(&arrays, 0, sizeof(arrays))
     job.residual.data = job.out.data = NULL
-    error = take_from_c(&arrays.x, &job.x, x, gapless, True, NULL)
+    arrays.mask.strides = NULL
+    error = take_from_c(&arrays.x, &job.x, x, True, NULL)
     if error != BN_OK:
         return error
     at = axis_of(&arrays.x, axis)
@@ -1218,15 +1226,14 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
 cdef int normalize_images_from_c(
     const bn_array *frames, const float *scale, const float *shift, int reverse, int channels_last, const bn_array *out,
 ) noexcept nogil:
-    cdef Py_buffer x, y, like
+    cdef View x, y, like
     cdef Operand operand
-    cdef Py_ssize_t[2][MAX_NDIM] gapless
     cdef Py_ssize_t[4] shape
     cdef Images images
     cdef int error
     if scale == NULL or shift == NULL:
         return BN_NULL
-    error = take_from_c(&x, &operand, frames, gapless[0], True, NULL)
+    error = take_from_c(&x, &operand, frames, True, NULL)
     if error != BN_OK:
         return error
     if operand.type != UINT8:
@@ -1238,7 +1245,7 @@ cdef int normalize_images_from_c(
     set_out_shape(shape, &x, channels_last)
     like.ndim = x.ndim
     like.shape = shape
-    error = take_from_c(&y, &operand, out, gapless[1], False, &like)
+    error = take_from_c(&y, &operand, out, False, &like)
     if error != BN_OK:
         return error
     if operand.type != FLOAT32:
