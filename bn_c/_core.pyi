@@ -33,7 +33,20 @@ def normalize(
     out: NDArray[Any] | None,
     threads: int,
 ) -> NDArray[Any]: ...
-def normalize_given(
+def batch_norm(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    eps: Any,
+    axis: Any,
+    mask: Any,
+    residual: Any,
+    activation: Any,
+    dtype: Any,
+    out: Any,
+    num_threads: int | None,
+) -> tuple[NDArray[Any], Folded]: ...
+def batch_norm_inference(
     x: Any,
     mean: Any,
     var: Any,

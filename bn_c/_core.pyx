@@ -12,6 +12,7 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from cpython.long cimport PyLong_AsLongAndOverflow
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
@@ -397,11 +398,15 @@ cdef class Folded:
     cdef Py_ssize_t axis
     cdef int threads
 
-    def __cinit__(self, Py_ssize_t channels, gamma=None, beta=None):
-        self.channels = channels
+    def __init__(self, Py_ssize_t channels, gamma=None, beta=None):
+        self.begin(channels, gamma, beta)
+
+    cdef int begin(self, Py_ssize_t channels, gamma, beta) except -1:
+        PyMem_Free(self.exact)
         self.exact = <double *> PyMem_Malloc(size_of_parameters(max(channels, 1)))
         if self.exact == NULL:
             raise MemoryError()
+        self.channels = channels
         self.k = coefficients_in(self.exact, channels)
         if gamma is None:
             self.set_all(GAMMA, 1)
@@ -411,6 +416,7 @@ cdef class Folded:
             self.set_all(BETA, 0)
         else:
             self.fill("beta", BETA, beta)
+        return 0
 
     def __dealloc__(self):
         PyMem_Free(self.exact)
@@ -430,11 +436,15 @@ cdef class Folded:
                 raise ValueError(f"{name}: expected {self.channels} values, got shape {_checks.shape(values.shape)}")
         return 0
 
-    def fold(self, mean, var, double eps):
-        """Takes the statistics to normalise with; returns itself."""
+    cdef int take_statistics(self, mean, var, double eps) except -1:
         self.fill("mean", MEAN, mean)
         self.fill("var", VAR, var)
         fold(&self.k, self.channels, self.row(VAR), eps)
+        return 0
+
+    def fold(self, mean, var, double eps):
+        """Takes the statistics to normalise with; returns itself."""
+        self.take_statistics(mean, var, eps)
         return self
 
     cdef object copy_of(self, int row):
@@ -610,8 +620,10 @@ cdef Works parts_of(const Work *work, int loop, Py_ssize_t count):
 
 
 cdef int run_parts(Work *work, int loop, int threads) except -1:
-    """Runs all of the work; with several threads, in parts of one of its loops."""
+    """Runs all of the work; with several threads, in parts of one of its loops. 0 threads are the default's."""
     cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
+    if threads == 0:
+        threads = _threads.get_num_threads() if size_of(job) >= parallel_from else 1
     if threads > 1 and size_of(job) >= parallel_from:
         _threads.run(parts_of(work, loop, min(4 * <Py_ssize_t> threads, loop_length(job, loop))), threads)
     elif size_of(job) >= RELEASE_GIL:
@@ -755,15 +767,21 @@ def normalize(x, Folded folded, activation, Py_ssize_t axis, residual, dtype, ou
     return forward(x, folded, &kind, axis, residual, dtype, out, threads, 0, False, None, 0)
 
 
-def normalize_given(x, mean, var, gamma, beta, eps, axis, residual, activation, dtype, out, num_threads):
-    """`batch_norm_inference`: what needs no look by `_checks` is not shown to it, for calls on few values."""
+cdef object of_arguments(
+    x, mean, var, gamma, beta, eps, axis, mask, residual, activation, dtype, out, num_threads, Folded folded, bint batch,
+):
+    """`forward` of what users pass: what needs no look by `_checks` is not shown to it, for calls on few values."""
     cdef Activation kind
-    cdef Py_ssize_t at
+    cdef Py_ssize_t counted = 0
+    cdef long at = MAX_NDIM
+    cdef int ndim, overflow, threads = 0
     given = out
     if type(x) is not ndarray:
         x = _checks.array("x", x)
-    if type(axis) is not int or not -MAX_NDIM <= axis < MAX_NDIM:
-        axis = _checks.axis(axis)
+    if type(axis) is int:
+        at = PyLong_AsLongAndOverflow(axis, &overflow)
+    if not -MAX_NDIM <= at < MAX_NDIM:
+        at = _checks.axis(axis)
     if type(eps) is not float or not 0 <= <double> eps < INFINITY:
         eps = _checks.eps(eps)
     if residual is not None:
@@ -776,16 +794,33 @@ def normalize_given(x, mean, var, gamma, beta, eps, axis, residual, activation, 
         memset(&kind, 0, sizeof(kind))
     else:
         kind = as_activation(_checks.activation(activation))
-    at = axis
-    shape = x.shape
-    if not -len(shape) <= at < len(shape):
-        raise _checks.wrong_axis(at, shape)
-    if at < 0:
-        at += len(shape)  # by hand: without `wraparound` an index into a tuple is taken as it is
-    cdef Folded folded = Folded.__new__(Folded, shape[at], gamma, beta)
-    folded.fold(mean, var, eps)
-    y = forward(x, folded, &kind, at, residual, dtype, out, _threads.resolve(num_threads), 0, False, None, 0)
+    ndim = PyArray_NDIM(<PyArrayObject *> x)
+    if not -ndim <= at < ndim:
+        raise _checks.wrong_axis(at, x.shape)
+    folded.begin(PyArray_DIMS(<PyArrayObject *> x)[at + ndim if at < 0 else at], gamma, beta)
+    if batch:
+        mask, counted = _checks.mask(mask, x, at)
+    else:
+        folded.take_statistics(mean, var, eps)
+    if batch or num_threads is not None:
+        threads = _threads.resolve(num_threads)
+    y = forward(x, folded, &kind, at, residual, dtype, out, threads, eps, batch, mask, counted)
     return y if given is None else given
+
+
+def batch_norm(x, gamma, beta, eps, axis, mask, residual, activation, dtype, out, num_threads):
+    """That of `functional`, and what holds the statistics."""
+    cdef Folded folded = Folded.__new__(Folded)
+    y = of_arguments(
+        x, None, None, gamma, beta, eps, axis, mask, residual, activation, dtype, out, num_threads, folded, True)
+    return y, folded
+
+
+def batch_norm_inference(x, mean, var, gamma, beta, eps, axis, residual, activation, dtype, out, num_threads):
+    """That of `functional`."""
+    return of_arguments(
+        x, mean, var, gamma, beta, eps, axis, None, residual, activation, dtype, out, num_threads,
+        Folded.__new__(Folded), False)
 
 
 def normalize_batch(
@@ -862,8 +897,7 @@ cdef class Layer:
         if folded is None or type(x) is not ndarray or residual is not None or mask is not None \
                 or dtype is not None or (out is not None and type(out) is not ndarray):
             return self._forward(x, residual, mask, dtype, out)
-        cdef int threads = folded.threads or _threads.get_num_threads()
-        return forward(x, folded, &folded.activation, folded.axis, None, None, out, threads, 0, False, None, 0)
+        return forward(x, folded, &folded.activation, folded.axis, None, None, out, folded.threads, 0, False, None, 0)
 
 
 # ---- pictures ---------------------------------------------------------------------------------------

@@ -17,25 +17,6 @@ Activation = (
 )
 
 
-def _prepare(x: Any, axis: Any, gamma: Any, beta: Any) -> tuple[NDArray[Any], int, _core.Folded]:
-    x = _checks.array("x", x)
-    axis = _checks.axis(axis)
-    channels = _checks.channels(x, axis)
-    return x, axis, _core.Folded(channels, gamma, beta)
-
-
-def _options(activation: Any, axis: int, residual: Any, dtype: Any, out: Any, num_threads: Any) -> tuple[Any, ...]:
-    """The last arguments of the core's calls, checked."""
-    return (
-        _checks.activation(activation),
-        axis,
-        _checks.optional_array("residual", residual),
-        _checks.out_dtype(dtype),
-        _checks.out(out),
-        _threads.resolve(num_threads),
-    )
-
-
 @overload
 def batch_norm(
     x: Any,
@@ -143,10 +124,7 @@ def batch_norm(
            [ 1.22,  0.  ]], dtype=float32)
     """
     return_stats = _checks.flag("return_stats", return_stats)
-    x, axis, folded = _prepare(x, axis, gamma, beta)
-    options = _options(activation, axis, residual, dtype, out, num_threads)
-    y = _core.normalize_batch(x, folded, _checks.eps(eps), *_checks.mask(mask, x, axis), *options)
-    y = y if out is None else out
+    y, folded = _core.batch_norm(x, gamma, beta, eps, axis, mask, residual, activation, dtype, out, num_threads)
     return (y, BatchStats.of(*folded.statistics())) if return_stats else y
 
 
@@ -193,7 +171,9 @@ def batch_norm_inference(
     >>> y[0, 0, 0].round(3)
     array([1., 0., 0.], dtype=float32)
     """
-    return _core.normalize_given(x, mean, var, gamma, beta, eps, axis, residual, activation, dtype, out, num_threads)
+    return _core.batch_norm_inference(
+        x, mean, var, gamma, beta, eps, axis, residual, activation, dtype, out, num_threads
+    )
 
 
 def batch_stats(x: Any, *, axis: int = 1, mask: Any = None, num_threads: int | None = None) -> BatchStats:

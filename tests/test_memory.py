@@ -119,7 +119,7 @@ def starved(api, call):
     """Each allocation of the call fails in turn: MemoryError, and nothing has changed."""
     failed = 0
     call(bn_c.BatchNorm(3), bn_c.BatchStats(3))  # NumPy does not survive a lack of memory in its first multiplication
-    for n in range(1, 2000):
+    for n in range(2000):
         layer, stats = bn_c.BatchNorm(3, allow_single_value=True), bn_c.BatchStats(3)
         layer.running_mean = [1, 2, 3]
         layer(X)
