@@ -1,4 +1,4 @@
-"""From checked arguments to the kernels: takes the arrays' buffers, lays them out, runs the loops.
+"""From checked arguments to the kernels: takes the arrays, lays them out, runs the loops.
 
 a. Arrays are taken through NumPy's C API: asking for a buffer costs more than all of the work on 64 values. Shapes and
    strides are copied, since another thread may reshape an array; whoever calls keeps the arrays themselves alive.
@@ -738,7 +738,7 @@ cdef object forward(
     if out is None:
         out = new_out(x, job.x.type, dtype)
         take_array(&arrays.out, &job.out, "out", out, True, False)
-        # NumPy allocates with Python's help, where another thread may reshape x.
+        # Another thread may have reshaped x since.
         same_shape("out", &arrays.out, &arrays.x)
     else:
         take_given_out(&arrays, job, x, mask, residual, out, dtype)
