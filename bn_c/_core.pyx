@@ -774,13 +774,13 @@ cdef object of_arguments(
     cdef Activation kind
     cdef Py_ssize_t counted = 0
     cdef long at = MAX_NDIM
-    cdef int ndim, overflow, threads = 0
+    cdef int ndim, overflow = 0, threads = 0
     given = out
     if type(x) is not ndarray:
         x = _checks.array("x", x)
     if type(axis) is int:
         at = PyLong_AsLongAndOverflow(axis, &overflow)
-    if not -MAX_NDIM <= at < MAX_NDIM:
+    if overflow or not -MAX_NDIM <= at < MAX_NDIM:
         at = _checks.axis(axis)
     if type(eps) is not float or not 0 <= <double> eps < INFINITY:
         eps = _checks.eps(eps)
