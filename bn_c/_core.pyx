@@ -76,7 +76,7 @@ cdef enum:
     RUN = 512                   # elements of planes that follow each other in such a unit, at least
 
 cdef const Kernels *kernels = NULL
-cdef Py_ssize_t stream_from = 0
+cdef Py_ssize_t caches = 0                  # bytes: larger arrays come from memory and go there
 cdef Py_ssize_t parallel_from = 1 << 20     # elements: below, waking threads (some 30 us) costs more than they do
 cdef object ndarray = np.ndarray
 cdef object float32 = np.dtype(np.float32)
@@ -89,9 +89,9 @@ def cpu_runs(str isa):
 
 
 def use(capsule, Py_ssize_t cache):
-    """Makes the loops of one instruction set those that every call runs; outputs larger than `cache` go past it."""
-    global kernels, stream_from
-    stream_from = cache
+    """Makes the loops of one instruction set those that every call runs, on a CPU with such a last cache, in bytes."""
+    global kernels, caches
+    caches = cache
     kernels = <const Kernels *> PyCapsule_GetPointer(capsule, "bn_c.kernels")
 
 
@@ -150,7 +150,8 @@ cdef bint is_aligned(const View *view) noexcept nogil:
 
 cdef int take_array(View *view, Operand *operand, str name, array, bint writable, bint integers) except -1:
     """Views an array, after checking that its elements can be read (and written) as they are."""
-    assert type(array) is ndarray
+    if type(array) is not ndarray:
+        raise TypeError(f"{name}: expected an array, got {_checks.kind(array)}")
     cdef PyArrayObject *of = <PyArrayObject *> array
     cdef int d
     if writable and not PyArray_ISWRITEABLE(of):
@@ -515,6 +516,7 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         take_channels(&unit, start, stop)
         take_channels(&statistics, start, stop)
         kernels.moments(&statistics, unit.coefficients.mean, work.m2 + start)
+        unit.far = False
         fold_moments(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
         kernels.normalize(&unit)
         start = stop
@@ -715,11 +717,13 @@ cdef void lay_out_y(
     lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, arrays.residual.strides, arrays.out.strides)
     job.coefficients = coefficients[0]
     job.activation = activation[0]
-    job.stream = kernels.streams and arrays.out.len > stream_from and arrays.out.data != arrays.x.data
+    job.far = arrays.x.len > caches
+    job.stream = kernels.streams and arrays.out.len > caches and arrays.out.data != arrays.x.data
 
 
 cdef void lay_out_statistics(Job *job, const Arrays *arrays, int at) noexcept nogil:
     lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, arrays.mask.strides, NULL)
+    job.far = arrays.x.len > caches
 
 
 cdef object forward(

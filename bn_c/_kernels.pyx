@@ -49,8 +49,12 @@ cdef extern from "bn_c/minus.h" nogil:
     float bn_minus(float a, float b, float one)
 
 cdef extern from "bn_c/stream.h" nogil:
-    void bn_prefetch(const char *data)
-    void bn_prefetch_to_write(const char *data)
+    enum:
+        BN_BEGINNING
+        BN_FAR
+    void bn_prefetch(const char *data, Py_ssize_t count)
+    void bn_prefetch_to_write(const char *data, Py_ssize_t count)
+    void bn_prefetch_far(const char *data, Py_ssize_t count)
     bint BN_STREAMS
     void bn_stream(char *to, const char *source, size_t count)
     void bn_stream_end()
@@ -69,6 +73,7 @@ cdef enum:
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
+    NEXT = 8 * COLUMNS * 4  # bytes: the eight rows after those that are added
     LANES = 8           # of a sum
     WIDEST = 512        # columns whose sums are taken at once: with eight rows they fit the smallest L1
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
@@ -491,6 +496,8 @@ cdef void normalize_chunk(
     cdef const float *x = <const float *> at.x
     cdef const float *residual = <const float *> at.residual
     cdef float *y = <float *> at.out if loop.out else buffer
+    if job.far and (rows == 1 or walk.row.x == columns * walk.element.x):
+        bn_prefetch_far(at.x + BN_FAR, rows * columns * walk.element.x)
     if not loop.residual:
         load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
         residual = added
@@ -674,7 +681,10 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
         walk = walk_of(job, 0, channel, job.inner, job.inner, True)
         for position in range(job.outer):
             if everywhere(job, &walk.over_rows) and position + 1 < job.outer:
-                bn_prefetch_to_write(outer_place(job, position + 1).out)
+                at = outer_place(job, position + 1)
+                bn_prefetch_to_write(at.out, BN_BEGINNING)
+                if at.residual != NULL:
+                    bn_prefetch(at.residual, BN_BEGINNING)
             normalize_table(
                 job, &walk, outer_place(job, position), job.channels, job.inner, k.center, k.scale, k.shift, 0)
         return
@@ -739,6 +749,7 @@ cdef struct View:
     int outer_ndim
     Py_ssize_t first                # length of the first outer dimension
     const Py_ssize_t *outer_shape
+    bint far                        # x comes from memory
     Positions x
     Positions mask                  # data NULL: every element counts
 
@@ -749,7 +760,7 @@ cdef inline bint is_float(int type) noexcept nogil:
 
 cdef inline void add_block(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
-    double *deviations, double *squares, bint squared,
+    double *deviations, double *squares, bint squared, Py_ssize_t ahead,
 ) noexcept nogil:
     cdef Py_ssize_t row, c
     cdef const float *a
@@ -758,6 +769,10 @@ cdef inline void add_block(
     for row in range(0, rows - 7, 8):
         a = x + row * stride
         b = a + 4 * stride
+        if ahead == NEXT:
+            bn_prefetch(<const char *> a + NEXT, NEXT)
+        elif ahead != 0:
+            bn_prefetch_far(<const char *> a + ahead, columns * 32)
         for c in range(columns):
             m = center[c]
             d0 = bn_minus(a[c], m, one) if squared else a[c]
@@ -804,25 +819,27 @@ cdef inline void add_block_wide(
 
 cdef inline void add_columns(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
-    bint squared,
+    bint squared, Py_ssize_t ahead,
 ) noexcept nogil:
     """Adds a block of any size; bits depend on its rows being added eight at a time, not on how it is cut."""
     # The sums of a plane stay in registers. To cut wider rows into such strips is slower: memory wants whole lines in order.
     if columns == COLUMNS:
-        add_block(x, stride, rows, COLUMNS, centers.rounded, sums.deviations, sums.squares, squared)
+        add_block(x, stride, rows, COLUMNS, centers.rounded, sums.deviations, sums.squares, squared, ahead)
     else:
-        add_block(x, stride, rows, columns, centers.rounded, sums.deviations, sums.squares, squared)
+        add_block(x, stride, rows, columns, centers.rounded, sums.deviations, sums.squares, squared, ahead)
 
 
 cdef void add(
     Sum kind, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
+    Py_ssize_t ahead,
 ) noexcept nogil:
+    """`ahead` is from what is added to what is asked for meanwhile, in bytes; 0: nothing."""
     if kind == WIDE:
         add_block_wide(x, stride, rows, columns, centers.exact, sums)
     elif kind == SQUARES:
-        add_columns(x, stride, rows, columns, centers, sums, True)
+        add_columns(x, stride, rows, columns, centers, sums, True, ahead)
     else:
-        add_columns(x, stride, rows, columns, centers, sums, False)
+        add_columns(x, stride, rows, columns, centers, sums, False, 0)
 
 
 cdef inline double m2_of(double deviations, double squares, double n, double center, double *mean) noexcept nogil:
@@ -940,13 +957,31 @@ cdef Py_ssize_t place(const View *view, const Positions *array, Py_ssize_t posit
 
 cdef void add_steps(
     const View *view, Sum kind, const float *x, Py_ssize_t stride, Py_ssize_t steps, const Centers *centers, Sums *sums,
+    Py_ssize_t ahead,
 ) noexcept nogil:
     """Steps that follow each other: whole rows, at that stride, then what is left of one."""
     cdef Py_ssize_t rows = steps // view.per_row, numbers = view.channels * view.width
     if rows > 0:
-        add(kind, x, stride, rows, numbers * view.per_row, centers, sums)
+        add(kind, x, stride, rows, numbers * view.per_row, centers, sums, ahead)
     if steps > rows * view.per_row:
-        add(kind, x + rows * stride, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums)
+        add(kind, x + rows * stride, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums, 0)
+
+
+cdef Py_ssize_t ahead_of(const View *view, Py_ssize_t position, const char *x) noexcept nogil:
+    """From x at that position to what memory is to be asked for meanwhile.
+
+    That is the same place of a later plane, or of this one if it is long. What caches hold is worth asking for in a
+    plane only, eight rows before it is read; strided rows never are.
+    """
+    cdef Py_ssize_t numbers = view.channels * view.width, plane = view.inner * view.x.inner, later
+    if view.x.inner != numbers * view.number:
+        return 0
+    if not view.far:
+        return NEXT if numbers * view.per_row == COLUMNS else 0
+    later = position + 1 + BN_FAR // max(plane, <Py_ssize_t> 1)
+    if plane < 4 * BN_FAR and later < view.outer:
+        return view.x.data + place(view, &view.x, later) - x
+    return BN_FAR
 
 
 cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
@@ -964,29 +999,33 @@ cdef Py_ssize_t add_all(
 ) noexcept nogil:
     """The sums of each channel about its center, and how many elements of it there are."""
     cdef Centers centers
-    cdef float[BLOCK] buffer
+    cdef float[BLOCK + LINE] storage
+    cdef float *buffer = whole_lines(storage)
     cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row
     cdef bint direct = view.type == FLOAT32 and view.number == 4 and view.mask.data == NULL \
         and (view.per_row == 1 or view.x.inner == numbers * 4) and (view.outer == 1 or view.inner >= 8 * view.per_row)
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
-    cdef Py_ssize_t position, left, some, filled = 0, n = 0
+    cdef Py_ssize_t position, left, some, filled = 0, n = 0, ahead
     cdef const char *x
     cdef const char *mask = NULL
     begin(view, kind, center, &centers, sums)
     for position in range(view.outer):
         x = view.x.data + place(view, &view.x, position)
         left = view.inner
+        ahead = ahead_of(view, position, x)
         if direct:
             if position + 1 < view.outer:
-                bn_prefetch(view.x.data + place(view, &view.x, position + 1))
-            add_steps(view, kind, <const float *> x, view.per_row * view.x.inner // 4, left, &centers, sums)
+                bn_prefetch(view.x.data + place(view, &view.x, position + 1), BN_BEGINNING)
+            add_steps(view, kind, <const float *> x, view.per_row * view.x.inner // 4, left, &centers, sums, ahead)
             n += left
             left = 0
         elif view.mask.data != NULL:
             mask = view.mask.data + place(view, &view.mask, position)
         while left > 0:
             some = min(left, most - filled)
+            if view.far and ahead != 0:
+                bn_prefetch_far(x + ahead, some * view.x.inner)
             load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
             x += some * view.x.inner
             left -= some
@@ -996,10 +1035,10 @@ cdef Py_ssize_t add_all(
             else:
                 filled += some
             if filled == most:
-                add_steps(view, kind, buffer, columns, filled, &centers, sums)
+                add_steps(view, kind, buffer, columns, filled, &centers, sums, 0)
                 n += filled
                 filled = 0
-    add_steps(view, kind, buffer, columns, filled, &centers, sums)
+    add_steps(view, kind, buffer, columns, filled, &centers, sums, 0)
     n += filled
     end(view, sums.deviations)
     if kind != DEVIATIONS:
@@ -1019,6 +1058,7 @@ cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t most, Py_ssize_t *x
 cdef View sample_of(const View *view) noexcept nogil:
     """Some elements of each channel, from all over it."""
     cdef View sample = view[0]
+    sample.far = False
     if view.outer * view.inner * view.width <= WHOLE:
         return sample
     cdef Py_ssize_t most = ROW_SAMPLE if view.channels > 1 and view.width == 1 else PLANE_SAMPLE
@@ -1073,6 +1113,7 @@ cdef View view_of(const Job *job) noexcept nogil:
     """One channel, or all: the loops as they are."""
     cdef View view
     view.type = job.x.type
+    view.far = job.far
     view.channels = view.width = view.per_row = 1
     view.inner = job.inner
     view.outer = job.outer

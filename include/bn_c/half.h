@@ -78,7 +78,7 @@ static inline uint32_t bn_half_from_float(float value)
 static inline void bn_floats_from_halves(const uint16_t *halves, float *floats, ptrdiff_t n)
 {
     ptrdiff_t i = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) /* 1.2 x faster here than eight at a time */
     for (; i + 16 <= n; i += 16)
         _mm512_storeu_ps(floats + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + i))));
 #elif defined(__F16C__)
@@ -95,11 +95,7 @@ static inline void bn_floats_from_halves(const uint16_t *halves, float *floats, 
 static inline void bn_halves_from_floats(const float *floats, uint16_t *halves, ptrdiff_t n)
 {
     ptrdiff_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16)
-        _mm256_storeu_si256((__m256i *)(halves + i),
-                            _mm512_cvtps_ph(_mm512_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#if defined(__F16C__)
     for (; i + 8 <= n; i += 8)
         _mm_storeu_si128((__m128i *)(halves + i),
                          _mm256_cvtps_ph(_mm256_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT));
@@ -120,22 +116,18 @@ static inline void bn_halves_from_floats(const float *floats, uint16_t *halves, 
 }
 
 #if BN_CONVERTS_HALVES
-#if defined(__AVX512F__)
-typedef __m512 bn_floats;
-typedef __m256i bn_halves;
-#define BN_OF_FLOATS(operation) _mm512_##operation
-#define bn_halves_at(x) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x)))
-#define bn_to_halves(t) _mm512_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT)
-#define bn_store_halves(y, halves) _mm256_storeu_si256((__m256i *)(y), halves)
-#define bn_stream_halves(y, halves) _mm256_stream_si256((__m256i *)(y), halves)
-#elif defined(__F16C__)
+#if defined(__F16C__)
+/* Eight lanes: sixteen are 1.3 x slower where halves come from memory, and 1.08 x faster in L3. */
 typedef __m256 bn_floats;
 typedef __m128i bn_halves;
-#define BN_OF_FLOATS(operation) _mm256_##operation
 #define bn_halves_at(x) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x)))
 #define bn_to_halves(t) _mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT)
 #define bn_store_halves(y, halves) _mm_storeu_si128((__m128i *)(y), halves)
 #define bn_stream_halves(y, halves) _mm_stream_si128((__m128i *)(y), halves)
+#define bn_all _mm256_set1_ps
+#define bn_floats_at _mm256_loadu_ps
+#define bn_scaled(x, c, a, b) _mm256_add_ps(_mm256_mul_ps(_mm256_sub_ps(x, c), a), b)
+#define bn_bounded(t, low, high) _mm256_min_ps(high, _mm256_max_ps(low, t))
 #else
 typedef float32x4_t bn_floats;
 typedef uint16x4_t bn_halves;
@@ -143,13 +135,6 @@ typedef uint16x4_t bn_halves;
 #define bn_to_halves(t) vreinterpret_u16_f16(vcvt_f16_f32(t))
 #define bn_store_halves(y, halves) vst1_u16(y, halves)
 #define bn_stream_halves bn_store_halves
-#endif
-#if defined(__F16C__)
-#define bn_all BN_OF_FLOATS(set1_ps)
-#define bn_floats_at BN_OF_FLOATS(loadu_ps)
-#define bn_scaled(x, c, a, b) BN_OF_FLOATS(add_ps)(BN_OF_FLOATS(mul_ps)(BN_OF_FLOATS(sub_ps)(x, c), a), b)
-#define bn_bounded(t, low, high) BN_OF_FLOATS(min_ps)(high, BN_OF_FLOATS(max_ps)(low, t))
-#else
 #define bn_all vdupq_n_f32
 #define bn_floats_at vld1q_f32
 #define bn_scaled(x, c, a, b) vaddq_f32(vmulq_f32(vsubq_f32(x, c), a), b)

@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "bn_c.h"
+#include "minus.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -76,9 +77,16 @@ static inline bn_px_floats bn_px_four(const float *values)
     return _mm256_broadcast_ps((const __m128 *)values);
 }
 
-static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_px_floats shift)
+/* The sum by the multipliers, which have less to do: see minus.h. */
+static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_px_floats shift,
+                                        bn_px_floats one)
 {
+#if defined(__FMA__)
+    return _mm256_fmadd_ps(_mm256_mul_ps(x, scale), one, shift);
+#else
+    (void)one;
     return _mm256_add_ps(_mm256_mul_ps(x, scale), shift);
+#endif
 }
 
 /* The first four elements to y, the others to `rest`, which is right behind them in planes. */
@@ -166,8 +174,10 @@ static inline bn_px_picks bn_px_picks_of(const bn_pixels *p, int k)
 
 static inline bn_px_floats bn_px_four(const float *values) { return _mm_loadu_ps(values); }
 
-static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_px_floats shift)
+static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_px_floats shift,
+                                        bn_px_floats one)
 {
+    (void)one;
     return _mm_add_ps(_mm_mul_ps(x, scale), shift);
 }
 
@@ -204,8 +214,10 @@ static inline bn_px_picks bn_px_picks_of(const bn_pixels *p, int k) { return vld
 
 static inline bn_px_floats bn_px_four(const float *values) { return vld1q_f32(values); }
 
-static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_px_floats shift)
+static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_px_floats shift,
+                                        bn_px_floats one)
 {
+    (void)one;
     return vaddq_f32(vmulq_f32(x, scale), shift);
 }
 
@@ -286,6 +298,8 @@ BN_INLINE void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y, ptr
     const ptrdiff_t pixel = p->pixel, low = p->low;
     bn_px_picks picks[4];
     bn_px_floats scale[4], shift[4];
+    const float one[4] = {BN_ONE, BN_ONE, BN_ONE, BN_ONE};
+    const bn_px_floats ones = bn_px_four(one);
 #pragma GCC unroll 4 /* or else the arrays stay in memory */
     for (int k = 0; k < fours; k++) {
         picks[k] = bn_px_picks_of(p, k);
@@ -304,7 +318,7 @@ BN_INLINE void bn_pixels_loop(const bn_pixels *p, const uint8_t *x, char *y, ptr
             for (int k = 0; k < fours; k++) {
                 char *first = y + i * step + k * apart;
                 const bn_px_floats four = bn_px_pick(pixels, picks[k], k, interleaved);
-                bn_px_store(first, first + 4 * step, bn_px_scaled(four, scale[k], shift[k]), type,
+                bn_px_store(first, first + 4 * step, bn_px_scaled(four, scale[k], shift[k], ones), type,
                             interleaved);
             }
         }

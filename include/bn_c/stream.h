@@ -14,21 +14,23 @@
 #define BN_STREAMS 0
 #endif
 
-enum { BN_LINE = 64, BN_AHEAD = 8 * BN_LINE };
+enum {
+    BN_LINE = 64,
+    BN_BEGINNING = 8 * BN_LINE, /* of a plane: how memory goes on from there, caches see by themselves */
+    BN_FAR = 16384              /* bytes ahead that memory is asked: the best of 4096 .. 65536 */
+};
 
-/* Asks for the beginning of what is read or written after what comes now. Caches see by themselves how memory
- * goes on, but not where a plane or a row of channels does after a jump. */
-static inline void bn_prefetch(const char *data)
-{
-    for (int i = 0; i < BN_AHEAD; i += BN_LINE)
-        __builtin_prefetch(data + i);
-}
-
-static inline void bn_prefetch_to_write(const char *data)
-{
-    for (int i = 0; i < BN_AHEAD; i += BN_LINE)
-        __builtin_prefetch(data + i, 1);
-}
+/* Ask for these bytes: to be read soon, or written, or to be read later from the second cache. */
+#define BN_PREFETCH(name, ...)                                                                               \
+    static inline void name(const char *data, ptrdiff_t bytes)                                               \
+    {                                                                                                        \
+        for (ptrdiff_t i = 0; i < bytes; i += BN_LINE)                                                       \
+            __builtin_prefetch(data + i, __VA_ARGS__);                                                       \
+    }
+BN_PREFETCH(bn_prefetch, 0, 3)
+BN_PREFETCH(bn_prefetch_to_write, 1, 3)
+BN_PREFETCH(bn_prefetch_far, 0, 2)
+#undef BN_PREFETCH
 
 /* memcpy in whole cache lines; a first or last line that is written in part is stored normally.
  * Without BN_STREAMS it is memcpy. */
