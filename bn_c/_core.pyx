@@ -17,6 +17,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.ref cimport Py_INCREF
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from bn_c cimport (
     BN_BAD_ACTIVATION, BN_BAD_AXIS, BN_BAD_CHANNELS, BN_BAD_EPS, BN_BAD_NDIM, BN_BAD_PARAMS, BN_BAD_SHAPE, BN_BAD_TYPE,
@@ -67,6 +68,26 @@ cdef extern from "bn_c/atomic.h" nogil:
     Py_ssize_t bn_add(Py_ssize_t *counter, Py_ssize_t n)
     Py_ssize_t bn_or(Py_ssize_t *counter, Py_ssize_t bits)
 
+cdef extern from * nogil:
+    enum:
+        __ATOMIC_ACQUIRE
+        __ATOMIC_RELEASE
+        __ATOMIC_ACQ_REL
+    Py_ssize_t __atomic_load_n(const Py_ssize_t *at, int order)
+    void __atomic_store_n(Py_ssize_t *at, Py_ssize_t value, int order)
+    bint __atomic_compare_exchange_n(
+        Py_ssize_t *at, Py_ssize_t *expected, Py_ssize_t desired, bint weak, int order, int order_if_not)
+
+cdef extern from "pythread.h" nogil:
+    ctypedef void *PyThread_type_lock
+    PyThread_type_lock PyThread_allocate_lock()
+    void PyThread_free_lock(PyThread_type_lock lock)
+    int PyThread_acquire_lock(PyThread_type_lock lock, int wait)
+    void PyThread_release_lock(PyThread_type_lock lock)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef enum:
     ABSENT = -1
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
@@ -77,7 +98,7 @@ cdef enum:
 
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t caches = 0                  # bytes: larger arrays come from memory and go there
-cdef Py_ssize_t parallel_from = 1 << 20     # elements: below, waking threads (some 30 us) costs more than they do
+cdef Py_ssize_t parallel_from = 1 << 18     # elements: below, sharing the work costs more than it saves
 cdef object ndarray = np.ndarray
 cdef object float32 = np.dtype(np.float32)
 cdef object float16 = np.dtype(np.float16)
@@ -535,17 +556,65 @@ cdef void run(Work *work) noexcept nogil:
 
 
 cdef enum:
-    CLOSED = 1 << 20        # in the state of parts, beside the number of helpers
+    ACTIVE = 100_000        # ns that threads wait actively for each other; then they sleep, and waking one costs 15 us
+    WAKE = 4                # times parallel_from: work of that size is worth it on its own
+    STREAK = 8              # smaller work is after that many calls without a pause: then threads stay awake
+    WAITED = 1 << 20        # in the state of parts, beside the number of helpers: the caller sleeps
+    # What a helper is doing, where it is not the address of what is offered to it.
+    ASLEEP = 0
+    AWAKE = 1
+    BUSY = 2
+
+
+cdef size_t now() noexcept nogil:
+    """In ns, from any moment, and from 0 again."""
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <size_t> t.tv_sec * 1_000_000_000 + <size_t> t.tv_nsec
+
+
+cdef bint becomes(const Py_ssize_t *word, Py_ssize_t value, bint equal) noexcept nogil:
+    """Whether it gets to be equal to value, or not equal, in a short time; meanwhile others may have the core."""
+    cdef size_t start = now()
+    while (__atomic_load_n(word, __ATOMIC_ACQUIRE) == value) != equal:
+        if now() - start > ACTIVE:
+            return False
+        sched_yield()
+    return True
+
+
+cdef bint change(Py_ssize_t *word, Py_ssize_t before, Py_ssize_t after) noexcept nogil:
+    return __atomic_compare_exchange_n(word, &before, after, False, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+
+
+cdef Py_ssize_t calls = 0           # that may be shared, without a pause
+cdef Py_ssize_t last_call = 0       # when it ended
+
+
+cdef bint is_shared(int threads, Py_ssize_t size) noexcept nogil:
+    """Whether work of that many elements is worth several threads; `ends` must follow."""
+    if threads < 2 or size < parallel_from:
+        return False
+    if now() - <size_t> __atomic_load_n(&last_call, __ATOMIC_ACQUIRE) > ACTIVE:
+        __atomic_store_n(&calls, 0, __ATOMIC_RELEASE)
+    return bn_add(&calls, 1) >= STREAK or size >= WAKE * parallel_from
+
+
+cdef void ends(int threads) noexcept nogil:
+    if threads > 1:
+        __atomic_store_n(&last_call, <Py_ssize_t> now(), __ATOMIC_RELEASE)
 
 
 cdef class Parts:
     """The work of a call in parts, which any number of threads take one after the other.
 
-    The caller takes them too. Helpers join in as they wake; when no part is left the caller closes, and waits only
-    for those who have joined: whoever comes later finds it closed and touches nothing.
+    The caller takes them from the front, and helpers, as they come, from the back: what a core has in its cache of
+    one call it finds there in the next. When no part is left the caller withdraws its offers, and waits only for
+    those who took one.
     """
     cdef readonly Py_ssize_t count
     cdef Py_ssize_t taken
+    cdef Py_ssize_t taken_by_helpers
     cdef Py_ssize_t state
     cdef object finished
 
@@ -556,30 +625,109 @@ cdef class Parts:
     cdef void run_part(self, Py_ssize_t index) noexcept nogil:
         pass
 
-    def work(self):
-        """Runs parts until none is left."""
-        cdef Py_ssize_t index
+    def run(self, tuple helpers, Py_ssize_t wanted):
+        """Runs all parts, with up to that many of the helpers.
+
+        Returns when all are done, whatever signals come: they write to the caller's arrays.
+        """
+        cdef Helper helper
+        for helper in helpers:
+            if wanted > 0 and helper.offer(self):
+                wanted -= 1
         with nogil:
-            index = bn_add(&self.taken, 1)
-            while index < self.count:
-                self.run_part(index)
-                index = bn_add(&self.taken, 1)
-
-    def help(self):
-        """The same by another thread."""
-        cdef bint joined = not bn_add(&self.state, 1) & CLOSED
-        if joined:
             self.work()
-        if bn_add(&self.state, -1) & CLOSED and joined:
-            self.finished.put(None)
+        for helper in helpers:
+            helper.withdraw(self)
+        self.finish()
 
-    def close(self):
-        """Returns how many helpers are still at work; each of them will put something into `finished`."""
-        return bn_or(&self.state, CLOSED)
+    cdef void work(self) noexcept nogil:
+        cdef Py_ssize_t index = 0
+        while bn_add(&self.taken, 1) < self.count:
+            self.run_part(index)
+            index += 1
 
-    def wait(self):
-        """Waits for one of those helpers; a signal may raise here."""
-        self.finished.get()
+    cdef void help(self) noexcept nogil:
+        while bn_add(&self.taken, 1) < self.count:
+            self.run_part(self.count - 1 - bn_add(&self.taken_by_helpers, 1))
+
+    cdef void leave(self) noexcept nogil:
+        """A helper's last word: when it has spoken, the parts may be gone."""
+        if bn_add(&self.state, -1) & WAITED:
+            with gil:
+                finished = self.finished
+                finished.put(None)
+
+    cdef int finish(self) except -1:
+        """Waits for those at work. A signal that raises is raised again when no thread writes any more."""
+        cdef Py_ssize_t left
+        cdef bint done = __atomic_load_n(&self.state, __ATOMIC_ACQUIRE) == 0
+        if not done:
+            with nogil:
+                done = becomes(&self.state, 0, True)
+        left = 0 if done else bn_or(&self.state, WAITED)
+        interrupt = None
+        while left > 0:
+            try:
+                self.finished.get()
+                left -= 1
+            except BaseException as signal:
+                interrupt = signal
+        if interrupt is not None:
+            raise interrupt
+        return 0
+
+
+cdef class Helper:
+    """What a thread that helps shares with those that ask it to. It never needs the GIL, but to wake a caller.
+
+    It waits for the next offer actively at first, so that call after call finds it awake, then sleeps.
+    """
+    cdef Py_ssize_t state
+    cdef PyThread_type_lock sleeping
+
+    def __cinit__(self):
+        self.state = AWAKE
+        self.sleeping = PyThread_allocate_lock()
+        if self.sleeping == NULL:
+            raise MemoryError()
+        PyThread_acquire_lock(self.sleeping, 1)
+
+    def __dealloc__(self):
+        if self.sleeping != NULL:
+            PyThread_free_lock(self.sleeping)
+
+    def serve(self):
+        """What its thread does; never returns."""
+        with nogil:
+            while True:
+                if becomes(&self.state, AWAKE, False):
+                    self.accept()
+                elif change(&self.state, AWAKE, ASLEEP):
+                    PyThread_acquire_lock(self.sleeping, 1)
+
+    cdef bint offer(self, Parts parts) noexcept:
+        """Whether it may take them, until they are withdrawn."""
+        cdef Py_ssize_t at = <Py_ssize_t> <void *> parts
+        bn_add(&parts.state, 1)
+        if change(&self.state, AWAKE, at):
+            return True
+        if change(&self.state, ASLEEP, at):
+            PyThread_release_lock(self.sleeping)
+            return True
+        bn_add(&parts.state, -1)
+        return False
+
+    cdef void withdraw(self, Parts parts) noexcept:
+        """Unless it has taken them, it will not."""
+        if change(&self.state, <Py_ssize_t> <void *> parts, AWAKE):
+            bn_add(&parts.state, -1)
+
+    cdef void accept(self) noexcept nogil:
+        cdef Py_ssize_t at = __atomic_load_n(&self.state, __ATOMIC_ACQUIRE)
+        if at != AWAKE and change(&self.state, at, BUSY):
+            (<Parts> <void *> at).help()
+            change(&self.state, BUSY, AWAKE)
+            (<Parts> <void *> at).leave()
 
 
 cdef Work part_of_work(const Work *work, int loop, Py_ssize_t index, Py_ssize_t count) noexcept nogil:
@@ -626,13 +774,14 @@ cdef int run_parts(Work *work, int loop, int threads) except -1:
     cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
     if threads == 0:
         threads = _threads.get_num_threads() if size_of(job) >= parallel_from else 1
-    if threads > 1 and size_of(job) >= parallel_from:
-        _threads.run(parts_of(work, loop, min(4 * <Py_ssize_t> threads, loop_length(job, loop))), threads)
+    if is_shared(threads, size_of(job)):
+        _threads.run(parts_of(work, loop, min(2 * <Py_ssize_t> threads, loop_length(job, loop))), threads)
     elif size_of(job) >= RELEASE_GIL:
         with nogil:
             run(work)
     else:
         run(work)
+    ends(threads)
     return 0
 
 
@@ -681,7 +830,8 @@ cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -
     for index in range(pieces):
         parts.works[index].mean = &moments[index, 0, 0]
         parts.works[index].m2 = &moments[index, 1, 0]
-    _threads.run(parts, threads if size_of(job) >= parallel_from else 1)
+    _threads.run(parts, threads if is_shared(threads, size_of(job)) else 1)
+    ends(threads)
     work.counted = 0
     for index in range(pieces):
         merge_piece(work, &parts.works[index])
@@ -1002,10 +1152,10 @@ cdef int run_images_parts(const Images *images, int threads) except -1:
     cdef Py_ssize_t size = images.shape[0] * images.shape[HEIGHT] * images.shape[WIDTH] * images.shape[CHANNEL]
     cdef ImageParts parts
     cdef int dim = 0, d
-    if threads > 1 and size >= parallel_from:
+    if is_shared(threads, size):
         for d in (HEIGHT, WIDTH):
             dim = d if images.shape[d] > images.shape[dim] else dim
-        parts = ImageParts.__new__(ImageParts, min(4 * <Py_ssize_t> threads, images.shape[dim]))
+        parts = ImageParts.__new__(ImageParts, min(2 * <Py_ssize_t> threads, images.shape[dim]))
         parts.images = images[0]
         parts.dim = dim
         _threads.run(parts, threads)
@@ -1014,6 +1164,7 @@ cdef int run_images_parts(const Images *images, int threads) except -1:
             run_images(images)
     else:
         run_images(images)
+    ends(threads)
     return 0
 
 

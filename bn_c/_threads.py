@@ -1,36 +1,21 @@
 """How many threads a call may use, and the pool that they come from.
 
-The pool is threads that wait at a queue, made when first needed, and never by the import: asking them costs
-a fifth of what the executor of the standard library takes. Whoever calls works too, and waits for none that is
-late, so a call that finds them all busy (with another thread's work, or that of a call above it), or cannot have
-any, at interpreter exit or in a process out of threads, does its work alone. A forked child makes a pool of its own.
+The pool is threads that sleep, made when first needed, and never by the import. After a call they wait for the next
+one actively for 0.1 ms (never on a machine with one CPU, where there are none), so that calls that follow each other
+find them awake. Whoever calls works too, and waits for none that is late, so a call that finds them all busy (with
+another thread's work, or that of a call above it), or cannot have any, at interpreter exit or in a process out of
+threads, does its work alone. A forked child makes a pool of its own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Protocol
 
-from bn_c import _checks
-
-
-class Parts(Protocol):
-    """Work that several threads share: `bn_c._core.Parts`."""
-
-    count: int
-
-    def work(self) -> None: ...
-    def help(self) -> None: ...
-    def close(self) -> int: ...
-    def wait(self) -> None: ...
-
+from bn_c import _checks, _core
 
 _default = 1
-_asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
-_waiting = 0
+_helpers: tuple[_core.Helper, ...] = ()
 _growing = Lock()
 
 
@@ -50,60 +35,34 @@ def resolve(num_threads: int | None) -> int:
     return _default if num_threads is None else _checks.num_threads(num_threads)
 
 
-def run(parts: Parts, threads: int) -> None:
-    """Runs all parts, on at most that many threads, one of which is the caller's.
-
-    Returns when all are done, whatever signals come: they write to the caller's arrays.
-    """
+def run(parts: _core.Parts, threads: int) -> None:
+    """Runs all parts, on at most that many threads, one of which is the caller's."""
     helpers = min(threads, parts.count, _cpus()) - 1
-    try:
-        for _ in range(min(helpers, _pool(helpers))):
-            _asked.put(parts.help)
-        parts.work()
-    finally:
-        _finish(parts)
+    parts.run(_pool(helpers), helpers)
 
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _pool(helpers: int) -> int:
-    """Makes the pool as large as that, where threads can be had; returns how large it is."""
-    global _waiting
-    if _waiting < helpers:
+def _pool(helpers: int) -> tuple[_core.Helper, ...]:
+    """The pool, first made as large as that, where threads can be had."""
+    global _helpers
+    if len(_helpers) < helpers:
         with _growing:
             try:
-                while _waiting < helpers:
-                    Thread(target=_help, args=(_asked,), name="bn_c", daemon=True).start()
-                    _waiting += 1
+                while len(_helpers) < helpers:
+                    helper = _core.Helper()
+                    Thread(target=helper.serve, name="bn_c", daemon=True).start()
+                    _helpers = (*_helpers, helper)
             except RuntimeError:  # at interpreter exit, or out of threads
                 pass
-    return _waiting
-
-
-def _help(asked: SimpleQueue[Callable[[], None]]) -> None:
-    while True:
-        asked.get()()
-
-
-def _finish(parts: Parts) -> None:
-    interrupt = None
-    for _ in range(parts.close()):
-        waiting = True
-        while waiting:
-            try:
-                parts.wait()
-                waiting = False
-            except BaseException as signal:  # raised again when no thread writes any more
-                interrupt = signal
-    if interrupt is not None:
-        raise interrupt
+    return _helpers
 
 
 def _after_fork_in_child() -> None:
-    global _asked, _waiting, _growing
-    _asked, _waiting, _growing = SimpleQueue(), 0, Lock()
+    global _helpers, _growing
+    _helpers, _growing = (), Lock()
 
 
 def _from_environment() -> None:

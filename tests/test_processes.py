@@ -5,7 +5,6 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-import queue
 import random
 import signal
 import sys
@@ -69,6 +68,48 @@ def test_eight_threads_share_layers_and_inputs(thorough):
         many_threads(60 if thorough else 2)
     finally:
         sys.setswitchinterval(before)
+
+
+# ---- threads that help ------------------------------------------------------------------------------
+
+
+def helped_after_pauses():
+    """Helpers are awake, about to sleep, asleep, or waking when they are asked."""
+    expected = bits(bn_c.batch_norm(X))
+    choose = random.Random(0)
+    for n in range(600):
+        assert bits(bn_c.batch_norm(X, num_threads=2 + n % 3)) == expected
+        if n % 2:
+            time.sleep(choose.choice([0, 0.00005, 0.0001, 0.0002]))
+
+
+def test_calls_after_pauses_of_any_length():
+    isolated(helped_after_pauses)
+
+
+def idle():
+    bn_c.batch_norm(X, num_threads=4)
+    assert sum(thread.name == "bn_c" for thread in threading.enumerate()) == 3
+    time.sleep(0.1)
+    before = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - before < 0.5  # three that wait actively would take one second for each core
+
+
+def test_helpers_sleep_when_nobody_calls():
+    isolated(idle)
+
+
+def works_alone():
+    """Helpers that are all busy, or cannot be had."""
+    expected = bits(bn_c.batch_norm(X))
+    _threads._helpers = tuple(_core.Helper() for _ in range(3))  # without a thread: offers are never taken
+    for _ in range(3):
+        assert bits(bn_c.batch_norm(X, num_threads=4)) == expected
+
+
+def test_offers_that_nobody_takes_are_withdrawn():
+    isolated(works_alone)
 
 
 # ---- processes --------------------------------------------------------------------------------------
@@ -225,59 +266,7 @@ def interrupted(num_threads):
         assert bits(layer(X)) == bits(LAYER(X))
 
 
-class Slow:
-    """Parts as `_core.Parts` are, each of them a while."""
-
-    count = 4
-
-    def __init__(self):
-        self.begun, self.ended, self.active, self.closed = [], [], 0, False
-        self.lock, self.finished = threading.Lock(), queue.SimpleQueue()
-
-    def work(self):
-        self.begun.append(1)
-        time.sleep(0.2)
-        self.ended.append(1)
-
-    def help(self):
-        with self.lock:
-            self.active += 1
-        self.work()
-        with self.lock:
-            self.active -= 1
-            if self.closed:
-                self.finished.put(None)
-
-    def close(self):
-        with self.lock:
-            self.closed = True
-            return self.active
-
-    def wait(self):
-        self.finished.get()
-
-
-def interrupted_between_parts():
-    """Parts that other threads have begun end before the interrupt is seen."""
-    parts = Slow()
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
-    caught = False
-    try:
-        _threads.run(parts, 4)
-    except KeyboardInterrupt:
-        caught = True
-    counts = len(parts.begun), len(parts.ended)
-    time.sleep(0.5)
-    assert caught
-    assert counts == (len(parts.begun), len(parts.ended)) == (4, 3)  # one was that of the thread that was interrupted
-
-
-def test_interrupt_between_parts():
-    isolated(interrupted_between_parts)
-
-
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, 2, 4])  # with more than there are cores, the caller often waits
 def test_interrupt_during_a_long_call(num_threads):
     isolated(interrupted, num_threads)
 
