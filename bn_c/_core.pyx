@@ -12,12 +12,15 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongAndOverflow
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.ref cimport Py_INCREF
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport usleep
 
 from bn_c cimport (
     BN_BAD_ACTIVATION, BN_BAD_AXIS, BN_BAD_CHANNELS, BN_BAD_EPS, BN_BAD_NDIM, BN_BAD_PARAMS, BN_BAD_SHAPE, BN_BAD_TYPE,
@@ -31,8 +34,6 @@ from bn_c._layout cimport (
 )
 
 import numpy as np
-
-from queue import SimpleQueue
 
 from bn_c import _checks, _threads
 
@@ -559,7 +560,6 @@ cdef enum:
     ACTIVE = 100_000        # ns that threads wait actively for each other; then they sleep, and waking one costs 15 us
     WAKE = 4                # times parallel_from: work of that size is worth it on its own
     STREAK = 8              # smaller work is after that many calls without a pause: then threads stay awake
-    WAITED = 1 << 20        # in the state of parts, beside the number of helpers: the caller sleeps
     # What a helper is doing, where it is not the address of what is offered to it.
     ASLEEP = 0
     AWAKE = 1
@@ -615,12 +615,10 @@ cdef class Parts:
     cdef readonly Py_ssize_t count
     cdef Py_ssize_t taken
     cdef Py_ssize_t taken_by_helpers
-    cdef Py_ssize_t state
-    cdef object finished
+    cdef Py_ssize_t helpers     # that have an offer, or are at work
 
     def __cinit__(self, Py_ssize_t count):
         self.count = count
-        self.finished = SimpleQueue()
 
     cdef void run_part(self, Py_ssize_t index) noexcept nogil:
         pass
@@ -650,26 +648,25 @@ cdef class Parts:
         while bn_add(&self.taken, 1) < self.count:
             self.run_part(self.count - 1 - bn_add(&self.taken_by_helpers, 1))
 
-    cdef void leave(self) noexcept nogil:
-        """A helper's last word: when it has spoken, the parts may be gone."""
-        if bn_add(&self.state, -1) & WAITED:
-            with gil:
-                finished = self.finished
-                finished.put(None)
+    cdef bint is_done(self) noexcept nogil:
+        """Waits for that, but not for long."""
+        cdef int looks = 0
+        if becomes(&self.helpers, 0, True):
+            return True
+        while looks < 100 and __atomic_load_n(&self.helpers, __ATOMIC_ACQUIRE) != 0:
+            usleep(50)
+            looks += 1
+        return looks < 100
 
     cdef int finish(self) except -1:
         """Waits for those at work. A signal that raises is raised again when no thread writes any more."""
-        cdef Py_ssize_t left
-        cdef bint done = __atomic_load_n(&self.state, __ATOMIC_ACQUIRE) == 0
-        if not done:
-            with nogil:
-                done = becomes(&self.state, 0, True)
-        left = 0 if done else bn_or(&self.state, WAITED)
+        cdef bint done = __atomic_load_n(&self.helpers, __ATOMIC_ACQUIRE) == 0
         interrupt = None
-        while left > 0:
+        while not done:
+            with nogil:
+                done = self.is_done()
             try:
-                self.finished.get()
-                left -= 1
+                PyErr_CheckSignals()
             except BaseException as signal:
                 interrupt = signal
         if interrupt is not None:
@@ -678,7 +675,8 @@ cdef class Parts:
 
 
 cdef class Helper:
-    """What a thread that helps shares with those that ask it to. It never needs the GIL, but to wake a caller.
+    """What a thread that helps shares with those that ask it to. It never needs the GIL: at interpreter exit it
+    could not have it.
 
     It waits for the next offer actively at first, so that call after call finds it awake, then sleeps.
     """
@@ -708,26 +706,26 @@ cdef class Helper:
     cdef bint offer(self, Parts parts) noexcept:
         """Whether it may take them, until they are withdrawn."""
         cdef Py_ssize_t at = <Py_ssize_t> <void *> parts
-        bn_add(&parts.state, 1)
+        bn_add(&parts.helpers, 1)
         if change(&self.state, AWAKE, at):
             return True
         if change(&self.state, ASLEEP, at):
             PyThread_release_lock(self.sleeping)
             return True
-        bn_add(&parts.state, -1)
+        bn_add(&parts.helpers, -1)
         return False
 
     cdef void withdraw(self, Parts parts) noexcept:
         """Unless it has taken them, it will not."""
         if change(&self.state, <Py_ssize_t> <void *> parts, AWAKE):
-            bn_add(&parts.state, -1)
+            bn_add(&parts.helpers, -1)
 
     cdef void accept(self) noexcept nogil:
         cdef Py_ssize_t at = __atomic_load_n(&self.state, __ATOMIC_ACQUIRE)
         if at != AWAKE and change(&self.state, at, BUSY):
             (<Parts> <void *> at).help()
-            change(&self.state, BUSY, AWAKE)
-            (<Parts> <void *> at).leave()
+            __atomic_store_n(&self.state, AWAKE, __ATOMIC_RELEASE)
+            bn_add(&(<Parts> <void *> at).helpers, -1)  # from here on they may be gone
 
 
 cdef Work part_of_work(const Work *work, int loop, Py_ssize_t index, Py_ssize_t count) noexcept nogil:
