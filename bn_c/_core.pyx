@@ -12,7 +12,6 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongAndOverflow
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
@@ -66,18 +65,10 @@ cdef extern from "bn_c/cpu.h" nogil:
     void bn_fp_leave(const bn_fp_state *state)
 
 cdef extern from "bn_c/atomic.h" nogil:
-    Py_ssize_t bn_add(Py_ssize_t *counter, Py_ssize_t n)
-    Py_ssize_t bn_or(Py_ssize_t *counter, Py_ssize_t bits)
-
-cdef extern from * nogil:
-    enum:
-        __ATOMIC_ACQUIRE
-        __ATOMIC_RELEASE
-        __ATOMIC_ACQ_REL
-    Py_ssize_t __atomic_load_n(const Py_ssize_t *at, int order)
-    void __atomic_store_n(Py_ssize_t *at, Py_ssize_t value, int order)
-    bint __atomic_compare_exchange_n(
-        Py_ssize_t *at, Py_ssize_t *expected, Py_ssize_t desired, bint weak, int order, int order_if_not)
+    Py_ssize_t bn_add(Py_ssize_t *word, Py_ssize_t n)
+    Py_ssize_t bn_load(const Py_ssize_t *word)
+    void bn_store(Py_ssize_t *word, Py_ssize_t value)
+    bint bn_change(Py_ssize_t *word, Py_ssize_t before, Py_ssize_t after)
 
 cdef extern from "pythread.h" nogil:
     ctypedef void *PyThread_type_lock
@@ -94,12 +85,14 @@ cdef enum:
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
+    LINE = 64                   # bytes of a cache line: loads that straddle two are slower
     UNIT = 1 << 18              # bytes of channels normalised right after their statistics: they are still in L2
     RUN = 512                   # elements of planes that follow each other in such a unit, at least
 
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t caches = 0                  # bytes: larger arrays come from memory and go there
-cdef Py_ssize_t parallel_from = 1 << 18     # elements: below, sharing the work costs more than it saves
+# Elements, those of two passes twice: below, waking threads (some 30 us) costs more than they do.
+cdef Py_ssize_t parallel_from = 1 << 20
 cdef object ndarray = np.ndarray
 cdef object float32 = np.dtype(np.float32)
 cdef object float16 = np.dtype(np.float16)
@@ -414,6 +407,7 @@ cdef class Folded:
     """The parameters of each channel, in double, and what the loops need of them, in float."""
     cdef readonly Py_ssize_t channels
     cdef Py_ssize_t count
+    cdef char *memory
     cdef double *exact
     cdef Coefficients k
     # Of the layer that keeps it.
@@ -425,10 +419,11 @@ cdef class Folded:
         self.begin(channels, gamma, beta)
 
     cdef int begin(self, Py_ssize_t channels, gamma, beta) except -1:
-        PyMem_Free(self.exact)
-        self.exact = <double *> PyMem_Malloc(size_of_parameters(max(channels, 1)))
-        if self.exact == NULL:
+        PyMem_Free(self.memory)
+        self.memory = <char *> PyMem_Malloc(size_of_parameters(channels) + LINE)
+        if self.memory == NULL:
             raise MemoryError()
+        self.exact = <double *> (self.memory + (-<size_t> self.memory) % LINE)
         self.channels = channels
         self.k = coefficients_in(self.exact, channels)
         if gamma is None:
@@ -442,7 +437,7 @@ cdef class Folded:
         return 0
 
     def __dealloc__(self):
-        PyMem_Free(self.exact)
+        PyMem_Free(self.memory)
 
     cdef double *row(self, int row) noexcept:
         return self.exact + row * self.channels
@@ -558,8 +553,6 @@ cdef void run(Work *work) noexcept nogil:
 
 cdef enum:
     ACTIVE = 100_000        # ns that threads wait actively for each other; then they sleep, and waking one costs 15 us
-    WAKE = 4                # times parallel_from: work of that size is worth it on its own
-    STREAK = 8              # smaller work is after that many calls without a pause: then threads stay awake
     # What a helper is doing, where it is not the address of what is offered to it.
     ASLEEP = 0
     AWAKE = 1
@@ -576,33 +569,11 @@ cdef size_t now() noexcept nogil:
 cdef bint becomes(const Py_ssize_t *word, Py_ssize_t value, bint equal) noexcept nogil:
     """Whether it gets to be equal to value, or not equal, in a short time; meanwhile others may have the core."""
     cdef size_t start = now()
-    while (__atomic_load_n(word, __ATOMIC_ACQUIRE) == value) != equal:
+    while (bn_load(word) == value) != equal:
         if now() - start > ACTIVE:
             return False
         sched_yield()
     return True
-
-
-cdef bint change(Py_ssize_t *word, Py_ssize_t before, Py_ssize_t after) noexcept nogil:
-    return __atomic_compare_exchange_n(word, &before, after, False, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
-
-
-cdef Py_ssize_t calls = 0           # that may be shared, without a pause
-cdef Py_ssize_t last_call = 0       # when it ended
-
-
-cdef bint is_shared(int threads, Py_ssize_t size) noexcept nogil:
-    """Whether work of that many elements is worth several threads; `ends` must follow."""
-    if threads < 2 or size < parallel_from:
-        return False
-    if now() - <size_t> __atomic_load_n(&last_call, __ATOMIC_ACQUIRE) > ACTIVE:
-        __atomic_store_n(&calls, 0, __ATOMIC_RELEASE)
-    return bn_add(&calls, 1) >= STREAK or size >= WAKE * parallel_from
-
-
-cdef void ends(int threads) noexcept nogil:
-    if threads > 1:
-        __atomic_store_n(&last_call, <Py_ssize_t> now(), __ATOMIC_RELEASE)
 
 
 cdef class Parts:
@@ -653,14 +624,14 @@ cdef class Parts:
         cdef int looks = 0
         if becomes(&self.helpers, 0, True):
             return True
-        while looks < 100 and __atomic_load_n(&self.helpers, __ATOMIC_ACQUIRE) != 0:
+        while looks < 100 and bn_load(&self.helpers) != 0:
             usleep(50)
             looks += 1
         return looks < 100
 
     cdef int finish(self) except -1:
         """Waits for those at work. A signal that raises is raised again when no thread writes any more."""
-        cdef bint done = __atomic_load_n(&self.helpers, __ATOMIC_ACQUIRE) == 0
+        cdef bint done = bn_load(&self.helpers) == 0
         interrupt = None
         while not done:
             with nogil:
@@ -700,16 +671,16 @@ cdef class Helper:
             while True:
                 if becomes(&self.state, AWAKE, False):
                     self.accept()
-                elif change(&self.state, AWAKE, ASLEEP):
+                elif bn_change(&self.state, AWAKE, ASLEEP):
                     PyThread_acquire_lock(self.sleeping, 1)
 
     cdef bint offer(self, Parts parts) noexcept:
         """Whether it may take them, until they are withdrawn."""
         cdef Py_ssize_t at = <Py_ssize_t> <void *> parts
         bn_add(&parts.helpers, 1)
-        if change(&self.state, AWAKE, at):
+        if bn_change(&self.state, AWAKE, at):
             return True
-        if change(&self.state, ASLEEP, at):
+        if bn_change(&self.state, ASLEEP, at):
             PyThread_release_lock(self.sleeping)
             return True
         bn_add(&parts.helpers, -1)
@@ -717,14 +688,14 @@ cdef class Helper:
 
     cdef void withdraw(self, Parts parts) noexcept:
         """Unless it has taken them, it will not."""
-        if change(&self.state, <Py_ssize_t> <void *> parts, AWAKE):
+        if bn_change(&self.state, <Py_ssize_t> <void *> parts, AWAKE):
             bn_add(&parts.helpers, -1)
 
     cdef void accept(self) noexcept nogil:
-        cdef Py_ssize_t at = __atomic_load_n(&self.state, __ATOMIC_ACQUIRE)
-        if at != AWAKE and change(&self.state, at, BUSY):
+        cdef Py_ssize_t at = bn_load(&self.state)
+        if at != AWAKE and bn_change(&self.state, at, BUSY):
             (<Parts> <void *> at).help()
-            __atomic_store_n(&self.state, AWAKE, __ATOMIC_RELEASE)
+            bn_store(&self.state, AWAKE)
             bn_add(&(<Parts> <void *> at).helpers, -1)  # from here on they may be gone
 
 
@@ -770,16 +741,16 @@ cdef Works parts_of(const Work *work, int loop, Py_ssize_t count):
 cdef int run_parts(Work *work, int loop, int threads) except -1:
     """Runs all of the work; with several threads, in parts of one of its loops. 0 threads are the default's."""
     cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
+    cdef Py_ssize_t size = size_of(job) * (2 if work.task == BOTH else 1)
     if threads == 0:
-        threads = _threads.get_num_threads() if size_of(job) >= parallel_from else 1
-    if is_shared(threads, size_of(job)):
+        threads = _threads.get_num_threads() if size >= parallel_from else 1
+    if threads > 1 and size >= parallel_from:
         _threads.run(parts_of(work, loop, min(2 * <Py_ssize_t> threads, loop_length(job, loop))), threads)
-    elif size_of(job) >= RELEASE_GIL:
+    elif size >= RELEASE_GIL:
         with nogil:
             run(work)
     else:
         run(work)
-    ends(threads)
     return 0
 
 
@@ -828,8 +799,7 @@ cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -
     for index in range(pieces):
         parts.works[index].mean = &moments[index, 0, 0]
         parts.works[index].m2 = &moments[index, 1, 0]
-    _threads.run(parts, threads if is_shared(threads, size_of(job)) else 1)
-    ends(threads)
+    _threads.run(parts, threads if size_of(job) >= parallel_from else 1)
     work.counted = 0
     for index in range(pieces):
         merge_piece(work, &parts.works[index])
@@ -1150,7 +1120,7 @@ cdef int run_images_parts(const Images *images, int threads) except -1:
     cdef Py_ssize_t size = images.shape[0] * images.shape[HEIGHT] * images.shape[WIDTH] * images.shape[CHANNEL]
     cdef ImageParts parts
     cdef int dim = 0, d
-    if is_shared(threads, size):
+    if threads > 1 and size >= parallel_from:
         for d in (HEIGHT, WIDTH):
             dim = d if images.shape[d] > images.shape[dim] else dim
         parts = ImageParts.__new__(ImageParts, min(2 * <Py_ssize_t> threads, images.shape[dim]))
@@ -1162,7 +1132,6 @@ cdef int run_images_parts(const Images *images, int threads) except -1:
             run_images(images)
     else:
         run_images(images)
-    ends(threads)
     return 0
 
 

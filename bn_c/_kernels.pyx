@@ -430,6 +430,14 @@ cdef inline Steps steps_of(Py_ssize_t x, Py_ssize_t residual, Py_ssize_t out) no
     return steps
 
 
+cdef inline Steps channel_steps(const Job *job) noexcept nogil:
+    return steps_of(job.x.channel, job.residual.channel, job.out.channel)
+
+
+cdef inline Steps inner_steps(const Job *job) noexcept nogil:
+    return steps_of(job.x.inner, job.residual.inner, job.out.inner)
+
+
 cdef Rows joined_rows(Py_ssize_t columns, bint next_channel) noexcept nogil:
     cdef Rows rows
     rows.columns = columns
@@ -450,9 +458,7 @@ cdef Walk walk_of(
     cdef Loop rows
     walk.step = step
     walk.row = row
-    walk.element = steps_of(job.x.inner, job.residual.inner, job.out.inner)
-    if step:
-        walk.element = steps_of(job.x.channel, job.residual.channel, job.out.channel)
+    walk.element = channel_steps(job) if step else inner_steps(job)
     walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.element.x == 2 and walk.element.out == 2 \
         and job.residual.data == NULL and job.activation.kind <= CLIP and not job.coefficients.wide \
         and BN_CONVERTS_HALVES
@@ -637,7 +643,7 @@ cdef void normalize_rows(const Job *job) noexcept nogil:
         scale = pattern.scale
         shift = pattern.shift
     walk = walk_of(
-        job, 1, steps_of(job.x.inner, job.residual.inner, job.out.inner), channels, few * channels, False)
+        job, 1, inner_steps(job), channels, few * channels, False)
     for position in range(job.outer):
         if joined and period > channels:
             normalize_run(
@@ -649,7 +655,7 @@ cdef void normalize_rows(const Job *job) noexcept nogil:
 cdef void normalize_short_planes(const Job *job) noexcept nogil:
     """Planes that follow each other: several at a time, with the coefficients of each repeated over its plane."""
     cdef Pattern pattern
-    cdef Steps channel = steps_of(job.x.channel, job.residual.channel, job.out.channel)
+    cdef Steps channel = channel_steps(job)
     cdef Walk walk = walk_of(job, 0, channel, job.inner, 2 * PATTERN, False)
     cdef Py_ssize_t first = 0, planes, position
     cdef Place at
@@ -668,7 +674,7 @@ cdef void normalize_short_planes(const Job *job) noexcept nogil:
 cdef void normalize_planes(const Job *job) noexcept nogil:
     """In the order of x in memory: outer loops of shorter strides than the channels' run inside these."""
     cdef const Coefficients *k = &job.coefficients
-    cdef Steps channel = steps_of(job.x.channel, job.residual.channel, job.out.channel)
+    cdef Steps channel = channel_steps(job)
     cdef int last = job.outer_ndim - 1, d = last
     cdef Py_ssize_t inside = 1, run = 1, position = 0, c, i
     cdef Walk walk
