@@ -835,7 +835,8 @@ cdef void lay_out_y(
     lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, arrays.residual.strides, arrays.out.strides)
     job.coefficients = coefficients[0]
     job.activation = activation[0]
-    job.far = arrays.x.len > caches
+    # To ask for one of two arrays ahead slows the other down more than it helps.
+    job.far = arrays.x.len > caches and arrays.residual.strides == NULL
     job.stream = kernels.streams and arrays.out.len > caches and arrays.out.data != arrays.x.data
 
 
