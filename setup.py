@@ -2,9 +2,9 @@
 
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.egg_info import manifest_maker
@@ -25,6 +25,8 @@ ISAS = {
 # Contraction would round differently where the CPU has FMA; errno and traps, which nothing here reads,
 # keep loops from being vectorised. None of the three changes a result.
 FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# Not by importing it: where this is cross-compiled it is another architecture's.
+NUMPY_INCLUDE = Path(find_spec("numpy").origin).parent / "_core" / "include"
 # The oldest NumPy that the package runs with, and what its headers need not declare.
 NUMPY = [("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION"), ("NPY_NO_DEPRECATED_API", "NPY_1_23_API_VERSION")]
 DIRECTIVES = {
@@ -48,7 +50,7 @@ def extension(module: str, source: str, flags: list[str]) -> Extension:
         Extension(
             f"bn_c.{module}",
             [f"bn_c/{source}.pyx"],
-            include_dirs=["include", numpy.get_include()],
+            include_dirs=["include", str(NUMPY_INCLUDE)],
             depends=[f"bn_c/{source}.pyx", *INCLUDED],
             define_macros=[*NUMPY, *([("Py_LIMITED_API", "0x030B0000")] if limited else [])],
             py_limited_api=limited,
