@@ -29,6 +29,7 @@ Call = Callable[[], Any]
 EPS = 1e-5
 OUT, ALLOC = "bn_c", "bn_c, allocating"
 SAMPLE = 3e-4  # seconds: far above the resolution of clocks, below the time slices of busy machines
+WARM = 5e-3  # seconds of calls before each sample: some caches hold what fits only after ten passes over it
 ROUNDS = 7  # at least
 CHECKED = 1 << 21  # elements compared with the definition, so that float64 copies fit small boards
 
@@ -377,12 +378,13 @@ def _sampler(way: Way) -> Callable[[], float]:
     """What gives the seconds of a call, as the mean of calls that take about SAMPLE."""
     timer = Timer(way.call)
 
-    def sample(repeats: int) -> float:
+    def sample(repeats: int, warm_up: int) -> float:
         way.before()
-        way.call()  # so that work that fits a cache finds its arrays there
+        timer.timeit(warm_up)
         return timer.timeit(repeats) / repeats
 
-    return partial(sample, math.ceil(SAMPLE / max(1e-7, min(sample(1) for _ in range(3)))))
+    shortest = max(1e-7, min(sample(1, 1) for _ in range(3)))
+    return partial(sample, math.ceil(SAMPLE / shortest), math.ceil(WARM / shortest))
 
 
 def _errors(case: Case, a: Arrays, ways: Mapping[str, Way]) -> list[float]:
