@@ -197,9 +197,10 @@ atexit.register(call)
     "a finalizer of the module": """
 class Last:
     def __init__(self):
-        self.call = call
+        self.call, self.package = call, bn_c
     def __del__(self):
-        self.call()
+        if self.package.batch_stats:  # without the GIL, Python has emptied all modules by now
+            self.call()
 last = Last()
 """,
     "exit from inside a thread": """
@@ -221,7 +222,7 @@ bn_c._threads._cpus = lambda: 4
 x = np.linspace(-3, 3, 600_000, dtype="f4").reshape(2, 30, 100, 100)
 layer = bn_c.BatchNorm(30, num_threads=2)
 stats = bn_c.batch_stats(x)
-def call(bn_c=bn_c, x=x, layer=layer, stats=stats):  # the module's own names may be gone
+def call():
     assert bn_c.batch_stats(x, num_threads=2) == stats
     layer(x)
     bn_c.batch_norm(x, num_threads=2)
