@@ -4,8 +4,8 @@ a. y is a function of a byte and its channel, so that every way to compute it gi
 b. Pixels of up to four channels, and single channels whose pixels are that near, go through `bn_c/image.h`
    where y is a run of either. What it leaves, and all others, go through plain loops, channel by channel:
    floats are computed, halves and bytes looked up.
-c. Rows of floats with their channels last and in order on both sides are one run, with the coefficients
-   repeated: many channels, and without byte shuffles few ones too.
+c. Rows of floats with many channels, last and in order on both sides, are one run, with the coefficients
+   repeated.
 """
 
 from libc.stdint cimport uint8_t, uint16_t
@@ -15,8 +15,6 @@ from bn_c._layout cimport FLOAT16, FLOAT32, Images, size_of_type
 cdef extern from "bn_c/image.h" nogil:
     ctypedef struct bn_pixels:
         int channels
-    enum:
-        BN_SHUFFLES
     void bn_pixels_plan(
         bn_pixels *plan, Py_ssize_t pixel, Py_ssize_t channel, Py_ssize_t channels, int interleaved, int type)
     void bn_pixels_scale(bn_pixels *plan, const float *scale, const float *shift)
@@ -163,7 +161,7 @@ cdef inline void normalize_images(const Images *images) noexcept nogil:
     cdef char *out
     cdef bn_pixels plan
     make_plan(images, &plan)
-    cdef bint elements = is_run_of_elements(images) and (plan.channels == 0 or not BN_SHUFFLES)
+    cdef bint elements = is_run_of_elements(images) and plan.channels == 0
     if elements and channels <= REPEATED:
         period = REPEATED // channels * channels if channels > 16 else REPEATED // (16 * channels) * 16 * channels
         for i in range(period):

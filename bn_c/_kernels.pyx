@@ -28,7 +28,7 @@ from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
-    Activation, Coefficients, Job, Kernels, Operand, magnitude,
+    Activation, Coefficients, Job, Kernels, Operand, magnitude, size_of_type,
 )
 from bn_c._images cimport normalize_images
 
@@ -43,6 +43,9 @@ cdef extern from "bn_c/half.h" nogil:
         const uint16_t *x, uint16_t *y, Py_ssize_t n, Py_ssize_t columns, const float *center, const float *scale,
         const float *shift, float low, float high, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
+    Py_ssize_t bn_add_rows_of_halves(
+        const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
+        double *deviations, double *squares, Py_ssize_t ahead)
 
 cdef extern from "bn_c/minus.h" nogil:
     float BN_ONE
@@ -1008,11 +1011,13 @@ cdef Py_ssize_t add_all(
     cdef float[BLOCK + LINE] storage
     cdef float *buffer = whole_lines(storage)
     cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row
-    cdef bint direct = view.type == FLOAT32 and view.number == 4 and view.mask.data == NULL \
-        and (view.per_row == 1 or view.x.inner == numbers * 4) and (view.outer == 1 or view.inner >= 8 * view.per_row)
+    cdef Py_ssize_t size = size_of_type(view.type), row_stride = view.per_row * view.x.inner
+    # Rows are added as they lie, and those of a position together.
+    cdef bint direct = is_float(view.type) and view.number == size and view.mask.data == NULL \
+        and (view.per_row == 1 or view.x.inner == numbers * size) and (view.outer == 1 or view.inner >= 8 * view.per_row)
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
-    cdef Py_ssize_t position, left, some, filled = 0, n = 0, ahead
+    cdef Py_ssize_t position, left, some, filled = 0, n = 0, rows, ahead, far
     cdef const char *x
     cdef const char *mask = NULL
     begin(view, kind, center, &centers, sums)
@@ -1020,18 +1025,26 @@ cdef Py_ssize_t add_all(
         x = view.x.data + place(view, &view.x, position)
         left = view.inner
         ahead = ahead_of(view, position, x)
-        if direct:
-            if position + 1 < view.outer:
-                bn_prefetch(view.x.data + place(view, &view.x, position + 1), BN_BEGINNING)
-            add_steps(view, kind, <const float *> x, view.per_row * view.x.inner // 4, left, &centers, sums, ahead)
+        far = ahead if view.far else 0
+        if direct and position + 1 < view.outer:
+            bn_prefetch(view.x.data + place(view, &view.x, position + 1), BN_BEGINNING)
+        if direct and view.type == FLOAT32:
+            add_steps(view, kind, <const float *> x, row_stride // 4, left, &centers, sums, ahead)
             n += left
             left = 0
+        elif direct and kind == SQUARES:
+            rows = bn_add_rows_of_halves(
+                <const uint16_t *> x, row_stride // 2, left // view.per_row, columns, centers.rounded, sums.deviations,
+                sums.squares, far)
+            x += rows * row_stride
+            left -= rows * view.per_row
+            n += rows * view.per_row
         elif view.mask.data != NULL:
             mask = view.mask.data + place(view, &view.mask, position)
         while left > 0:
             some = min(left, most - filled)
-            if view.far and ahead != 0:
-                bn_prefetch_far(x + ahead, some * view.x.inner)
+            if far != 0:
+                bn_prefetch_far(x + far, some * view.x.inner)
             load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
             x += some * view.x.inner
             left -= some
@@ -1040,7 +1053,7 @@ cdef Py_ssize_t add_all(
                 mask += some * view.mask.inner
             else:
                 filled += some
-            if filled == most:
+            if filled == most or (direct and left == 0):
                 add_steps(view, kind, buffer, columns, filled, &centers, sums, 0)
                 n += filled
                 filled = 0

@@ -168,8 +168,16 @@ def test_integers_at_the_end_of_their_range(isa, dtype, span, rng):
     assert_exact(np.ascontiguousarray(x.T)[None])
 
 
-def test_halves_have_the_statistics_of_their_values(isa, rng):
-    assert_exact(values(rng, (3, 5, 31, 33), "f2", 100))
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        *[((3, 5, 31, 33), 1), ((2, 3, 16, 16), 1), ((2, 9, 5000), 1), ((5, 9, 7, 7), 1)],  # planes
+        *[((77, 64), 1), ((101, 3), 1), ((19, 500), 1), ((2, 700), 1), ((3, 9, 11, 12), -1)],  # rows
+    ],
+)
+def test_halves_have_the_statistics_of_their_values(isa, shape, axis, rng):
+    x = values(rng, shape, "f2", 100)
+    assert assert_exact(x, axis=axis) == bn_c.batch_stats(x.astype("f4"), axis=axis)
 
 
 def test_the_same_statistics_from_every_function(isa, rng):

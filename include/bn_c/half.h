@@ -11,6 +11,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "minus.h"
+#include "stream.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -128,6 +131,16 @@ typedef __m128i bn_halves;
 #define bn_floats_at _mm256_loadu_ps
 #define bn_scaled(x, c, a, b) _mm256_add_ps(_mm256_mul_ps(_mm256_sub_ps(x, c), a), b)
 #define bn_bounded(t, low, high) _mm256_min_ps(high, _mm256_max_ps(low, t))
+#if defined(__FMA__)
+#define bn_less(a, b, one) _mm256_fmsub_ps(a, one, b)
+#else
+#define bn_less(a, b, one) _mm256_sub_ps(a, b)
+#endif
+typedef __m256d bn_doubles;
+#define bn_doubles_at _mm256_loadu_pd
+#define bn_store_doubles _mm256_storeu_pd
+#define bn_low(t) _mm256_cvtps_pd(_mm256_castps256_ps128(t))
+#define bn_high(t) _mm256_cvtps_pd(_mm256_extractf128_ps(t, 1))
 #else
 typedef float32x4_t bn_floats;
 typedef uint16x4_t bn_halves;
@@ -138,12 +151,25 @@ typedef uint16x4_t bn_halves;
 #define bn_all vdupq_n_f32
 #define bn_floats_at vld1q_f32
 #define bn_scaled(x, c, a, b) vaddq_f32(vmulq_f32(vsubq_f32(x, c), a), b)
+#define bn_less(a, b, one) vsubq_f32(a, b)
+typedef float64x2_t bn_doubles;
+#define bn_doubles_at vld1q_f64
+#define bn_store_doubles vst1q_f64
+#define bn_low(t) vcvt_f64_f32(vget_low_f32(t))
+#define bn_high vcvt_high_f64_f32
 static inline float32x4_t bn_bounded(float32x4_t t, float32x4_t low, float32x4_t high)
 {
     t = vbslq_f32(vcltq_f32(t, low), low, t);
     return vbslq_f32(vcgtq_f32(t, high), high, t);
 }
 #endif
+
+static inline void bn_add(double *sums, bn_doubles low, bn_doubles high)
+{
+    const ptrdiff_t half = sizeof(low) / sizeof(double);
+    bn_store_doubles(sums, bn_doubles_at(sums) + low);
+    bn_store_doubles(sums + half, bn_doubles_at(sums + half) + high);
+}
 
 enum { BN_ROWS = 4 };
 
@@ -234,6 +260,39 @@ static inline ptrdiff_t bn_normalize_rows_of_halves(const uint16_t *x, uint16_t 
                               BN_ROWS, 1);
 #endif
     return done;
+}
+
+/* Adds deviations and squares of halves to the sums of their columns, eight rows at a time in the order in
+ * which those of floats are added; returns how many rows these were. `ahead` bytes behind them memory is
+ * asked for. Without a detour through a buffer this takes 0.7 of the time. */
+static inline ptrdiff_t bn_add_rows_of_halves(const uint16_t *x, ptrdiff_t stride, ptrdiff_t rows,
+                                              ptrdiff_t columns, const float *center, double *deviations,
+                                              double *squares, ptrdiff_t ahead)
+{
+    ptrdiff_t row = 0;
+#if BN_CONVERTS_HALVES
+    enum { LANES = sizeof(bn_floats) / sizeof(float) };
+    const bn_floats one = bn_all(BN_ONE);
+    (void)one;
+    for (; columns % LANES == 0 && row + 8 <= rows; row += 8) {
+        const uint16_t *eight = x + row * stride;
+        if (ahead)
+            bn_prefetch_far((const char *)eight + ahead, 16 * columns);
+        for (ptrdiff_t c = 0; c < columns; c += LANES) {
+            const bn_floats m = bn_floats_at(center + c);
+            bn_floats d[8];
+            for (int k = 0; k < 8; k++)
+                d[k] = bn_less(bn_halves_at(eight + k * stride + c), m, one);
+            const bn_floats sum = ((d[0] + d[1]) + (d[2] + d[3])) + ((d[4] + d[5]) + (d[6] + d[7]));
+            for (int k = 0; k < 8; k++)
+                d[k] *= d[k];
+            const bn_floats first = (d[0] + d[1]) + (d[2] + d[3]), second = (d[4] + d[5]) + (d[6] + d[7]);
+            bn_add(deviations + c, bn_low(sum), bn_high(sum));
+            bn_add(squares + c, bn_low(first) + bn_low(second), bn_high(first) + bn_high(second));
+        }
+    }
+#endif
+    return row;
 }
 
 #endif
