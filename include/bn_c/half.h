@@ -164,7 +164,7 @@ static inline float32x4_t bn_bounded(float32x4_t t, float32x4_t low, float32x4_t
 }
 #endif
 
-static inline void bn_add(double *sums, bn_doubles low, bn_doubles high)
+static inline void bn_add_to_sums(double *sums, bn_doubles low, bn_doubles high)
 {
     const ptrdiff_t half = sizeof(low) / sizeof(double);
     bn_store_doubles(sums, bn_doubles_at(sums) + low);
@@ -287,8 +287,8 @@ static inline ptrdiff_t bn_add_rows_of_halves(const uint16_t *x, ptrdiff_t strid
             for (int k = 0; k < 8; k++)
                 d[k] *= d[k];
             const bn_floats first = (d[0] + d[1]) + (d[2] + d[3]), second = (d[4] + d[5]) + (d[6] + d[7]);
-            bn_add(deviations + c, bn_low(sum), bn_high(sum));
-            bn_add(squares + c, bn_low(first) + bn_low(second), bn_high(first) + bn_high(second));
+            bn_add_to_sums(deviations + c, bn_low(sum), bn_high(sum));
+            bn_add_to_sums(squares + c, bn_low(first) + bn_low(second), bn_high(first) + bn_high(second));
         }
     }
 #endif
