@@ -86,7 +86,7 @@ cdef enum:
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
-    UNIT = 1 << 18              # bytes of channels normalised right after their statistics: they are still in L2
+    UNIT = 1 << 18              # bytes of channels from memory that are normalised while they are still in L2
     RUN = 512                   # elements of planes that follow each other in such a unit, at least
 
 cdef const Kernels *kernels = NULL
@@ -522,10 +522,12 @@ cdef void fold_moments(Coefficients *k, Py_ssize_t channels, const double *m2, d
 
 cdef void normalize_units(const Work *work) noexcept nogil:
     cdef Job unit, statistics
-    cdef Py_ssize_t start = 0, stop
-    # Short planes that follow each other are read in runs of at least half a page.
-    cdef Py_ssize_t step = max(
-        <Py_ssize_t> 1, <Py_ssize_t> (UNIT / (work.count * 4)), RUN // max(work.statistics.inner, <Py_ssize_t> 1))
+    cdef Py_ssize_t start = 0, stop, step = work.job.channels
+    # In caches that hold all of x, jumping from plane to plane costs more than reading it from the last one.
+    if work.statistics.far:
+        # Short planes that follow each other are read in runs of at least half a page.
+        step = max(
+            <Py_ssize_t> 1, <Py_ssize_t> (UNIT / (work.count * 4)), RUN // max(work.statistics.inner, <Py_ssize_t> 1))
     while start < work.job.channels:
         stop = min(start + step, work.job.channels)
         unit = work.job
@@ -533,7 +535,7 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         take_channels(&unit, start, stop)
         take_channels(&statistics, start, stop)
         kernels.moments(&statistics, unit.coefficients.mean, work.m2 + start)
-        unit.far = False
+        unit.far = False                    # it was
         fold_moments(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
         kernels.normalize(&unit)
         start = stop
