@@ -99,6 +99,16 @@ def test_every_size(isa, shape, types, sizes, places):
     isolated(sweep, inference(), SHAPES[shape], sizes, places, *types)
 
 
+def test_every_second_float_of_every_size(isa, sizes, places):
+    """Nothing is read behind the last of them."""
+    call = inference()
+
+    def every_second(x, out):
+        call(x[..., ::2], out[..., : (x.shape[-1] + 1) // 2])
+
+    isolated(sweep, every_second, lambda n: (1, 1, n), sizes, places, "f4", "f4")
+
+
 @pytest.mark.parametrize("types", TYPES[:4], ids="-".join)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_size_past_the_caches(isa, shape, types, sizes, places):
