@@ -56,6 +56,10 @@ class BatchStats:
         self._count, self._mean, self._rest, self._m2 = count, mean, rest, m2
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What comes in a buffer (pickle's protocol 5, Dask) may begin where no double should.
+        self._set(state["_count"], *(np.require(state[name], None, "A") for name in ("_mean", "_rest", "_m2")))
+
     @property
     def num_features(self) -> int:
         """The number of channels."""

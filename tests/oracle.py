@@ -3,6 +3,8 @@
 NumPy only, so that what uses it also runs where pytest does not.
 """
 
+import pickle
+
 import numpy as np
 
 import bn_c
@@ -198,6 +200,13 @@ def channels_last(ndim):
 
 
 # Of arrays of rank 3 and more, channels on axis 1.
+def received(thing):
+    """A copy from buffers of a pickle, each of which begins at an odd address, as those from a network may."""
+    buffers = []
+    pickled = pickle.dumps(thing, 5, buffer_callback=buffers.append)
+    return pickle.loads(pickled, buffers=[memoryview(b"\0" + buffer.raw().tobytes())[1:] for buffer in buffers])
+
+
 LAYOUTS = {
     "c": lambda x: scattered(x),
     "fortran": lambda x: scattered(x, order=range(x.ndim)[::-1]),

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from oracle import ACTIVATIONS, LAYOUTS, assert_forward, bits, values
+from oracle import ACTIVATIONS, LAYOUTS, assert_forward, bits, received, values
 
 import bn_c
 
@@ -600,6 +600,7 @@ def test_from_torch_of_an_incomplete_state(change, message, bn):
 COPIES = {
     "pickle": lambda bn: pickle.loads(pickle.dumps(bn)),
     "old pickle": lambda bn: pickle.loads(pickle.dumps(bn, protocol=0)),
+    "buffers": received,
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
 }

@@ -16,6 +16,7 @@ from oracle import (
     LAYOUTS,
     assert_statistics,
     bits,
+    received,
     scattered,
     values,
 )
@@ -402,6 +403,7 @@ def test_equality(parts):
 STORED = {
     "pickle": lambda stats: pickle.loads(pickle.dumps(stats)),
     "old pickle": lambda stats: pickle.loads(pickle.dumps(stats, protocol=0)),
+    "buffers": received,
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
     "json": lambda stats: bn_c.BatchStats.from_dict(json.loads(json.dumps(stats.to_dict()))),
@@ -423,6 +425,13 @@ def test_stored_and_read_again(store, kind, parts):
     assert bits(again.mean) == bits(stats.mean)
     assert bits(again.var) == bits(stats.var)
     assert repr(again) == repr(stats)
+
+
+def test_what_is_received_is_merged_from_where_doubles_may_be(parts):
+    stats = bn_c.batch_stats(parts[3])
+    again = received(stats)
+    assert all(array.flags.aligned for array in vars(again).values() if isinstance(array, np.ndarray))
+    assert stats + again == stats + stats
 
 
 def test_a_copy_is_independent(parts):
