@@ -199,7 +199,6 @@ def channels_last(ndim):
     return (0, *range(2, ndim), 1)
 
 
-# Of arrays of rank 3 and more, channels on axis 1.
 def received(thing):
     """A copy from buffers of a pickle, each of which begins at an odd address, as those from a network may."""
     buffers = []
@@ -207,6 +206,7 @@ def received(thing):
     return pickle.loads(pickled, buffers=[memoryview(b"\0" + buffer.raw().tobytes())[1:] for buffer in buffers])
 
 
+# Of arrays of rank 3 and more, channels on axis 1.
 LAYOUTS = {
     "c": lambda x: scattered(x),
     "fortran": lambda x: scattered(x, order=range(x.ndim)[::-1]),
