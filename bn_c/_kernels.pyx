@@ -574,7 +574,8 @@ cdef void normalize_table(
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
 ) noexcept nogil:
     """Rows one step from each other."""
-    cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2 or (walk.halves and columns >= FEW)
+    cdef bint halves = walk.halves and columns >= FEW and (columns <= CHUNK // 2 or not job.stream)
+    cdef bint one_by_one = halves or job.coefficients.wide or columns > CHUNK // 2
     cdef Py_ssize_t some = 1 if one_by_one else CHUNK // columns
     if everywhere(job, &walk.over_rows):
         normalize_floats(
@@ -583,7 +584,9 @@ cdef void normalize_table(
         return
     while rows > 0:
         some = min(some, rows)
-        if one_by_one:
+        if halves:
+            normalize_halves(job, &at, columns, center, scale, shift, walk.step, 0)
+        elif one_by_one:
             normalize_run(job, walk, at, columns, center, scale, shift, columns, first)
         else:
             normalize_chunk(job, walk, &walk.over_rows, at, some, columns, center, scale, shift, first)

@@ -228,22 +228,32 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(
 }
 #endif
 
-/* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory,
- * for as many whole steps as there are; returns how many elements these were. `step` is 1 where each element
+/* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory, if
+ * they are a vector at least; returns how many elements were done, all or none. `step` is 1 where each element
  * has its own coefficients, 0 where all have one. NaN stays NaN: the bound is taken only if y compares beyond
- * it. */
+ * it. The last vector is done with those before it that it overlaps, and is loaded first, since y may be x. */
 static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const float *center,
                                             const float *scale, const float *shift, const int step, float low,
                                             float high, int stream)
 {
-    ptrdiff_t i = 0;
 #if BN_CONVERTS_HALVES
+    enum { LANES = sizeof(bn_floats) / sizeof(float) };
+    const ptrdiff_t last = n - LANES, own = step ? last : 0;
+    ptrdiff_t i = 0;
+    if (last < 0)
+        return 0;
+    uint16_t rest[LANES];
+    memcpy(rest, x + last, sizeof rest);
 #if defined(__aarch64__)
     i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, stream, BN_ROWS, 0);
 #endif
     i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, stream, 1, 0);
+    if (i < n)
+        bn_normalize_some(rest, y + last, 0, LANES, center + own, scale + own, shift + own, step, low, high, 0, 1, 0);
+    return n;
+#else
+    return 0;
 #endif
-    return i;
 }
 
 /* The same for joined rows of elements that have coefficients of their own, and each row the same. */
