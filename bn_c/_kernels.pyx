@@ -37,8 +37,8 @@ cdef extern from "bn_c/half.h" nogil:
     bint BN_CONVERTS_HALVES
     void bn_floats_from_halves(const uint16_t *halves, float *floats, Py_ssize_t n)
     Py_ssize_t bn_normalize_halves(
-        const uint16_t *x, uint16_t *y, Py_ssize_t n, const float *center, const float *scale, const float *shift,
-        int step, float low, float high, int stream)
+        const uint16_t *x, uint16_t *y, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t x_row, Py_ssize_t y_row,
+        const float *center, const float *scale, const float *shift, int step, int next, float low, float high, int stream)
     Py_ssize_t bn_normalize_rows_of_halves(
         const uint16_t *x, uint16_t *y, Py_ssize_t n, Py_ssize_t columns, const float *center, const float *scale,
         const float *shift, float low, float high, int stream)
@@ -337,20 +337,27 @@ cdef void normalize_floats(
         normalize_channel(x, residual, y, n, rows, center, scale, shift, activation)
 
 
+cdef inline float low_of(const Activation *activation) noexcept nogil:
+    return activation.low if activation.kind == CLIP else -INFINITY
+
+
+cdef inline float high_of(const Activation *activation) noexcept nogil:
+    return activation.high if activation.kind == CLIP else INFINITY
+
+
 cdef Py_ssize_t normalize_halves(
-    const Job *job, const Place *at, Py_ssize_t n, const float *center, const float *scale, const float *shift, int step,
-    Py_ssize_t columns,
+    const Job *job, const Place *at, Py_ssize_t rows, Py_ssize_t columns, const Steps *row,
+    const float *center, const float *scale, const float *shift, int step, bint next_channel, bint stream,
 ) noexcept nogil:
-    """Halves to halves where the CPU converts, in rows if columns > 0; returns how many elements were done."""
-    cdef float low = job.activation.low if job.activation.kind == CLIP else -INFINITY
-    cdef float high = job.activation.high if job.activation.kind == CLIP else INFINITY
+    """Halves to halves where the CPU converts; returns how many elements were done."""
     cdef const uint16_t *x = <const uint16_t *> at.x
     cdef uint16_t *y = <uint16_t *> at.out
-    if columns > 0:
-        return bn_normalize_rows_of_halves(x, y, n, columns, center, scale, shift, low, high, job.stream)
+    cdef float low = low_of(&job.activation), high = high_of(&job.activation)
     if step:
-        return bn_normalize_halves(x, y, n, center, scale, shift, 1, low, high, job.stream)
-    return bn_normalize_halves(x, y, n, center, scale, shift, 0, low, high, job.stream)
+        return bn_normalize_halves(
+            x, y, rows, columns, row.x, row.out, center, scale, shift, 1, next_channel, low, high, stream)
+    return bn_normalize_halves(
+        x, y, rows, columns, row.x, row.out, center, scale, shift, 0, next_channel, low, high, stream)
 
 
 cdef void normalize_wide(
@@ -546,7 +553,9 @@ cdef void normalize_run(
             center, scale, shift, walk.step, &job.activation)
         return
     if walk.halves and walk.step:
-        done = normalize_halves(job, &at, total, center, scale, shift, 1, walk.over_run.rows.columns)
+        done = bn_normalize_rows_of_halves(
+            <const uint16_t *> at.x, <uint16_t *> at.out, total, walk.over_run.rows.columns, center, scale, shift,
+            low_of(&job.activation), high_of(&job.activation), job.stream)
         move(&at, &walk.element, done)
         total -= done
     if job.stream and 0 < walk.element.out <= 4 and <size_t> at.out % 64 > 0:
@@ -555,7 +564,8 @@ cdef void normalize_run(
     while total > 0:
         n = min(n, total)
         if walk.halves:
-            done = normalize_halves(job, &at, n, center + phase, scale + phase, shift + phase, walk.step, 0)
+            done = normalize_halves(
+                job, &at, 1, n, &walk.row, center + phase, scale + phase, shift + phase, walk.step, False, job.stream)
             move(&at, &walk.element, done)
             phase += done * walk.step
         if done < n:
@@ -574,19 +584,22 @@ cdef void normalize_table(
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
 ) noexcept nogil:
     """Rows one step from each other."""
-    cdef bint halves = walk.halves and columns >= FEW and (columns <= CHUNK // 2 or not job.stream)
-    cdef bint one_by_one = halves or job.coefficients.wide or columns > CHUNK // 2
+    cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2
     cdef Py_ssize_t some = 1 if one_by_one else CHUNK // columns
     if everywhere(job, &walk.over_rows):
         normalize_floats(
             <const float *> at.x, <const float *> at.residual, <float *> at.out, rows * columns, &walk.over_rows.rows,
             center, scale, shift, walk.step, &job.activation)
         return
+    if walk.halves and columns >= FEW and (columns <= CHUNK // 2 or not job.stream):
+        # Lines that are streamed in parts cost five times as much as those that are not streamed.
+        normalize_halves(
+            job, &at, rows, columns, &walk.row, center, scale, shift, walk.step, walk.over_rows.rows.next_channel,
+            job.stream and columns % (2 * LINE) == 0)
+        return
     while rows > 0:
         some = min(some, rows)
-        if halves:
-            normalize_halves(job, &at, columns, center, scale, shift, walk.step, 0)
-        elif one_by_one:
+        if one_by_one:
             normalize_run(job, walk, at, columns, center, scale, shift, columns, first)
         else:
             normalize_chunk(job, walk, &walk.over_rows, at, some, columns, center, scale, shift, first)

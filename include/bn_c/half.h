@@ -171,7 +171,7 @@ static inline void bn_add_to_sums(double *sums, bn_doubles low, bn_doubles high)
     bn_store_doubles(sums + half, bn_doubles_at(sums + half) + high);
 }
 
-enum { BN_ROWS = 4 };
+enum { BN_ROWS = 4, BN_LANES = sizeof(bn_floats) / sizeof(float) };
 
 /* Elements i to n of a row, or of BN_ROWS rows of n that are joined: `step` is 0 where all have one
  * coefficient, 1 where each has its own, and the coefficients of a row are loaded once for all rows. `count`
@@ -182,17 +182,16 @@ bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, c
                      const float *scale, const float *shift, const int step, float low, float high,
                      const int bounded, const int stream, const int count, const int rows)
 {
-    enum { LANES = sizeof(bn_floats) / sizeof(float) };
     const bn_floats lows = bn_all(low), highs = bn_all(high);
-    const ptrdiff_t next = rows ? n : LANES;
+    const ptrdiff_t next = rows ? n : BN_LANES;
     bn_floats c = bn_all(*center), a = bn_all(*scale), b = bn_all(*shift);
-    for (; i + LANES * (rows ? 1 : count) <= n; i += LANES * (rows ? 1 : count)) {
+    for (; i + BN_LANES * (rows ? 1 : count) <= n; i += BN_LANES * (rows ? 1 : count)) {
         bn_halves halves[BN_ROWS];
         for (int j = 0; j < count; j++) {
             if (step && (j == 0 || !rows)) {
-                c = bn_floats_at(center + i + LANES * j);
-                a = bn_floats_at(scale + i + LANES * j);
-                b = bn_floats_at(shift + i + LANES * j);
+                c = bn_floats_at(center + i + BN_LANES * j);
+                a = bn_floats_at(scale + i + BN_LANES * j);
+                b = bn_floats_at(shift + i + BN_LANES * j);
             }
             bn_floats t = bn_halves_at(x + i + next * j);
             t = bn_scaled(t, c, a, b);
@@ -226,31 +225,46 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(
     return bounded ? BN_NORMALIZE(1, 0) : BN_NORMALIZE(0, 0);
 #undef BN_NORMALIZE
 }
-#endif
 
-/* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory, if
- * they are a vector at least; returns how many elements were done, all or none. `step` is 1 where each element
- * has its own coefficients, 0 where all have one. NaN stays NaN: the bound is taken only if y compares beyond
- * it. The last vector is done with those before it that it overlaps, and is loaded first, since y may be x. */
-static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const float *center,
-                                            const float *scale, const float *shift, const int step, float low,
-                                            float high, int stream)
+/* Elements of a row, a vector at least. The last vector is done with those before it that it overlaps, and is
+ * loaded first, since y may be x. */
+static inline __attribute__((always_inline)) void
+bn_normalize_row_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const float *center,
+                           const float *scale, const float *shift, const int step, float low, float high,
+                           int stream)
 {
-#if BN_CONVERTS_HALVES
-    enum { LANES = sizeof(bn_floats) / sizeof(float) };
-    const ptrdiff_t last = n - LANES, own = step ? last : 0;
+    uint16_t rest[BN_LANES];
+    const ptrdiff_t last = n - BN_LANES, own = step ? last : 0;
     ptrdiff_t i = 0;
-    if (last < 0)
-        return 0;
-    uint16_t rest[LANES];
     memcpy(rest, x + last, sizeof rest);
 #if defined(__aarch64__)
     i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, stream, BN_ROWS, 0);
 #endif
     i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, stream, 1, 0);
     if (i < n)
-        bn_normalize_some(rest, y + last, 0, LANES, center + own, scale + own, shift + own, step, low, high, 0, 1, 0);
-    return n;
+        bn_normalize_some(rest, y + last, 0, BN_LANES, center + own, scale + own, shift + own, step, low,
+                          high, 0, 1, 0);
+}
+#endif
+
+/* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory, of
+ * rows that lie `x_row` and `y_row` bytes apart, if a row is a vector at least; returns how many elements were
+ * done, all or none. `step` is 1 where each element of a row has its own coefficients, 0 where all have one;
+ * the next row's follow `next` behind. NaN stays NaN: the bound is taken only if y compares beyond it. */
+static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrdiff_t rows, ptrdiff_t columns,
+                                            ptrdiff_t x_row, ptrdiff_t y_row, const float *center,
+                                            const float *scale, const float *shift, const int step, int next,
+                                            float low, float high, int stream)
+{
+#if BN_CONVERTS_HALVES
+    if (columns < BN_LANES)
+        return 0;
+    for (ptrdiff_t row = 0; row < rows; row++, center += next, scale += next, shift += next) {
+        bn_normalize_row_of_halves(x, y, columns, center, scale, shift, step, low, high, stream);
+        x = (const uint16_t *)((const char *)x + x_row);
+        y = (uint16_t *)((char *)y + y_row);
+    }
+    return rows * columns;
 #else
     return 0;
 #endif
@@ -281,14 +295,13 @@ static inline ptrdiff_t bn_add_rows_of_halves(const uint16_t *x, ptrdiff_t strid
 {
     ptrdiff_t row = 0;
 #if BN_CONVERTS_HALVES
-    enum { LANES = sizeof(bn_floats) / sizeof(float) };
     const bn_floats one = bn_all(BN_ONE);
     (void)one;
-    for (; columns % LANES == 0 && row + 8 <= rows; row += 8) {
+    for (; columns % BN_LANES == 0 && row + 8 <= rows; row += 8) {
         const uint16_t *eight = x + row * stride;
         if (ahead)
             bn_prefetch_far((const char *)eight + ahead, 16 * columns);
-        for (ptrdiff_t c = 0; c < columns; c += LANES) {
+        for (ptrdiff_t c = 0; c < columns; c += BN_LANES) {
             const bn_floats m = bn_floats_at(center + c);
             bn_floats d[8];
             for (int k = 0; k < 8; k++)
