@@ -558,9 +558,13 @@ cdef void normalize_run(
             low_of(&job.activation), high_of(&job.activation), job.stream)
         move(&at, &walk.element, done)
         total -= done
-    if job.stream and 0 < walk.element.out <= 4 and <size_t> at.out % 64 > 0:
-        # The first chunk ends where a cache line of out does, and so do all, most being whole lines.
-        n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.element.out))
+    if job.stream and 0 < walk.element.out <= 4:
+        # All chunks but the last end where a cache line of out does.
+        if most > 2 * LINE:
+            most = most // (2 * LINE) * (2 * LINE)
+        n = most
+        if <size_t> at.out % 64 > 0:
+            n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.element.out))
     while total > 0:
         n = min(n, total)
         if walk.halves:

@@ -84,6 +84,7 @@ WORKS = {
     "inference: planes, residual, relu": (fused, PLANES, "float32", IN_CACHE),
     "inference: planes of halves": (inference, PLANES, "float16", IN_CACHE),
     "inference: short planes": (inference, SHORT, "float32", IN_CACHE),
+    "inference: short planes of halves": (inference, SHORT, "float16", IN_CACHE),
     "inference: rows": (partial(inference, axis=-1), ROWS, "float32", IN_CACHE),
     "inference: rows, in place": (partial(inference, axis=-1, in_place=True), ROWS, "float32", IN_CACHE),
     "inference: rows of halves": (partial(inference, axis=-1), ROWS, "float16", IN_CACHE),

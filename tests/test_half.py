@@ -3,11 +3,14 @@
 With mean 0, variance 1 and eps 0, y = (x - 0) * 1 + 0 is x itself, but for -0, to which adding 0 gives +0.
 """
 
+import importlib
+
 import numpy as np
 import pytest
-from oracle import bits
+from oracle import bits, values
 
 import bn_c
+from bn_c import _core
 
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 
@@ -69,6 +72,25 @@ def test_halves_at_every_alignment_and_length_of_tail(isa, start):
         x = halves[start:stop].reshape(1, 1, -1)
         assert_passed_through(x, passed_through(x, "f4"), "f4")
         assert_passed_through(x, passed_through(cast(x, "f4"), "f2"), "f2")
+
+
+@pytest.mark.parametrize("caches", [0, 1 << 40], ids=["streamed", "in caches"])
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_rows_of_halves_of_every_length(isa, caches, axis, activation, rng):
+    """As the floats they are: joined, apart, and in place, where rows end within a vector."""
+    _core.use(importlib.import_module(f"bn_c._kernels_{isa}").table, caches)
+    for columns in [*range(1, 70), 257, 263, 288, 1001]:
+        x = values(rng, (3, 5, columns), "f2")
+        mean, var = rng.uniform(-1, 1, x.shape[axis]), rng.uniform(1, 2, x.shape[axis])
+        expected = bn_c.batch_norm_inference(x.astype("f4"), mean, var, axis=axis, activation=activation).astype("f2")
+        memory = np.full((2, 3, 5, columns + 3), 7, "f2")
+        memory[0, ..., :columns] = x
+        joined, apart, itself = np.empty_like(x), memory[1, ..., :columns], memory[0, ..., :columns]
+        for source, out in [(x, joined), (x, apart), (itself, joined), (itself, itself), (x, x)]:
+            bn_c.batch_norm_inference(source, mean, var, axis=axis, activation=activation, out=out)
+            assert bits(out) == bits(expected)
+        assert np.all(memory[..., columns:] == 7)
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f2"])

@@ -227,7 +227,7 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(
 }
 
 /* Elements of a row, a vector at least. The last vector is done with those before it that it overlaps, and is
- * loaded first, since y may be x. */
+ * loaded first, since y may be x. Of rows that end within a vector whole lines only are streamed. */
 static inline __attribute__((always_inline)) void
 bn_normalize_row_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const float *center,
                            const float *scale, const float *shift, const int step, float low, float high,
@@ -238,9 +238,14 @@ bn_normalize_row_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const fl
     ptrdiff_t i = 0;
     memcpy(rest, x + last, sizeof rest);
 #if defined(__aarch64__)
-    i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, stream, BN_ROWS, 0);
+    (void)stream;
+    i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, 0, BN_ROWS, 0);
+#else
+    if (stream)
+        i = bn_normalize_some(x, y, i, n % BN_LANES ? n & -BN_LINE / 2 : n, center, scale, shift, step, low,
+                              high, 1, 1, 0);
 #endif
-    i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, stream, 1, 0);
+    i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, 0, 1, 0);
     if (i < n)
         bn_normalize_some(rest, y + last, 0, BN_LANES, center + own, scale + own, shift + own, step, low,
                           high, 0, 1, 0);
@@ -248,9 +253,10 @@ bn_normalize_row_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const fl
 #endif
 
 /* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory, of
- * rows that lie `x_row` and `y_row` bytes apart, if a row is a vector at least; returns how many elements were
- * done, all or none. `step` is 1 where each element of a row has its own coefficients, 0 where all have one;
- * the next row's follow `next` behind. NaN stays NaN: the bound is taken only if y compares beyond it. */
+ * rows that lie `x_row` and `y_row` bytes apart, if a row is a vector at least; returns how many elements
+ * were done, all or none. `step` is 1 where each element of a row has its own coefficients, 0 where all have
+ * one; the next row's follow `next` behind. NaN stays NaN: the bound is taken only if y compares beyond it.
+ */
 static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrdiff_t rows, ptrdiff_t columns,
                                             ptrdiff_t x_row, ptrdiff_t y_row, const float *center,
                                             const float *scale, const float *shift, const int step, int next,
