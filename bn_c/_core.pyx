@@ -91,8 +91,10 @@ cdef enum:
 
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t caches = 0                  # bytes: larger arrays come from memory and go there
-# Elements, those of two passes twice: below, waking threads (some 30 us) costs more than they do.
+# Elements, those of two passes twice: below, waking threads (some 30 us) costs more than they do; below half of
+# that, so do threads that are awake.
 cdef Py_ssize_t parallel_from = 1 << 20
+cdef Py_ssize_t calls_between = 0           # on so many that only threads that are awake repay
 cdef object ndarray = np.ndarray
 cdef object float32 = np.dtype(np.float32)
 cdef object float16 = np.dtype(np.float16)
@@ -667,6 +669,10 @@ cdef class Helper:
         if self.sleeping != NULL:
             PyThread_free_lock(self.sleeping)
 
+    def is_awake(self):
+        """Or busy."""
+        return bn_load(&self.state) != ASLEEP
+
     def serve(self):
         """What its thread does; never returns."""
         with nogil:
@@ -740,13 +746,23 @@ cdef Works parts_of(const Work *work, int loop, Py_ssize_t count):
     return parts
 
 
+cdef bint repays_threads(Py_ssize_t size) except -1:
+    """Whether so many elements are for several threads.
+
+    Calls between the two sizes are if they find some awake, as those that follow each other do; one in 16 wakes them.
+    """
+    if size >= parallel_from or size < parallel_from // 2:
+        return size >= parallel_from
+    return bn_add(&calls_between, 1) % 16 == 0 or _threads.are_awake()
+
+
 cdef int run_parts(Work *work, int loop, int threads) except -1:
     """Runs all of the work; with several threads, in parts of one of its loops. 0 threads are the default's."""
     cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
     cdef Py_ssize_t size = size_of(job) * (2 if work.task == BOTH else 1)
     if threads == 0:
-        threads = _threads.get_num_threads() if size >= parallel_from else 1
-    if threads > 1 and size >= parallel_from:
+        threads = _threads.get_num_threads() if size >= parallel_from // 2 else 1
+    if threads > 1 and repays_threads(size):
         _threads.run(parts_of(work, loop, min(2 * <Py_ssize_t> threads, loop_length(job, loop))), threads)
     elif size >= RELEASE_GIL:
         with nogil:
@@ -801,7 +817,7 @@ cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -
     for index in range(pieces):
         parts.works[index].mean = &moments[index, 0, 0]
         parts.works[index].m2 = &moments[index, 1, 0]
-    _threads.run(parts, threads if size_of(job) >= parallel_from else 1)
+    _threads.run(parts, threads if threads > 1 and repays_threads(size_of(job)) else 1)
     work.counted = 0
     for index in range(pieces):
         merge_piece(work, &parts.works[index])
@@ -1123,7 +1139,7 @@ cdef int run_images_parts(const Images *images, int threads) except -1:
     cdef Py_ssize_t size = images.shape[0] * images.shape[HEIGHT] * images.shape[WIDTH] * images.shape[CHANNEL]
     cdef ImageParts parts
     cdef int dim = 0, d
-    if threads > 1 and size >= parallel_from:
+    if threads > 1 and repays_threads(size):
         for d in (HEIGHT, WIDTH):
             dim = d if images.shape[d] > images.shape[dim] else dim
         parts = ImageParts.__new__(ImageParts, min(2 * <Py_ssize_t> threads, images.shape[dim]))

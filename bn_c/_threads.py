@@ -41,6 +41,11 @@ def run(parts: _core.Parts, threads: int) -> None:
     parts.run(_pool(helpers), helpers)
 
 
+def are_awake() -> bool:
+    """Whether a thread of the pool is."""
+    return any(helper.is_awake() for helper in _helpers)
+
+
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

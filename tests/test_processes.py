@@ -100,6 +100,29 @@ def test_helpers_sleep_when_nobody_calls():
     isolated(idle)
 
 
+def awake_when_calls_follow_each_other():
+    """On arrays that are not worth waking threads for."""
+    layer = bn_c.BatchNorm(5, num_threads=2)
+    expected = bits(layer(X))
+    _core.wake_threads_from(X.size + 1)
+    time.sleep(0.1)
+    assert not _threads.are_awake()
+    woken = 0
+    for _ in range(64):
+        assert bits(layer(X)) == expected
+        woken += _threads.are_awake()
+    assert woken >= 4
+    _core.wake_threads_from(2 * X.size + 1)
+    time.sleep(0.1)
+    for _ in range(64):
+        layer(X)
+        assert not _threads.are_awake()
+
+
+def test_threads_are_awake_when_calls_follow_each_other():
+    isolated(awake_when_calls_follow_each_other)
+
+
 def works_alone():
     """Helpers that are all busy, or cannot be had."""
     expected = bits(bn_c.batch_norm(X))
