@@ -112,7 +112,7 @@ def awake_when_calls_follow_each_other():
         assert bits(layer(X)) == expected
         woken += _threads.are_awake()
     assert woken >= 4
-    _core.wake_threads_from(2 * X.size + 1)
+    _core.wake_threads_from(2 * X.size + 2)
     time.sleep(0.1)
     for _ in range(64):
         layer(X)
