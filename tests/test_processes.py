@@ -107,11 +107,13 @@ def awake_when_calls_follow_each_other():
     _core.wake_threads_from(X.size + 1)
     time.sleep(0.1)
     assert not _threads.are_awake()
-    woken = 0
-    for _ in range(64):
-        assert bits(layer(X)) == expected
-        woken += _threads.are_awake()
-    assert woken >= 4
+    for _ in range(1000):
+        y = layer(X)
+        woken = _threads.are_awake()
+        assert bits(y) == expected
+        if woken:
+            break
+    assert woken
     _core.wake_threads_from(2 * X.size + 2)
     time.sleep(0.1)
     for _ in range(64):
