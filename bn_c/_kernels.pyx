@@ -36,12 +36,19 @@ cdef extern from "bn_c/half.h" nogil:
     ctypedef float *apart "bn_apart"        # floats that no other argument leads to
     bint BN_CONVERTS_HALVES
     void bn_floats_from_halves(const uint16_t *halves, float *floats, Py_ssize_t n)
+    ctypedef struct bn_row_of_halves:
+        const uint16_t *x
+        const uint16_t *residual
+        uint16_t *y
+        const float *center
+        const float *scale
+        const float *shift
+        float low
+        float high
     Py_ssize_t bn_normalize_halves(
-        const uint16_t *x, uint16_t *y, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t x_row, Py_ssize_t y_row,
-        const float *center, const float *scale, const float *shift, int step, int next, float low, float high, int stream)
-    Py_ssize_t bn_normalize_rows_of_halves(
-        const uint16_t *x, uint16_t *y, Py_ssize_t n, Py_ssize_t columns, const float *center, const float *scale,
-        const float *shift, float low, float high, int stream)
+        bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t x_row, Py_ssize_t residual_row,
+        Py_ssize_t y_row, int step, int next, int stream)
+    Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
         const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
@@ -337,27 +344,30 @@ cdef void normalize_floats(
         normalize_channel(x, residual, y, n, rows, center, scale, shift, activation)
 
 
-cdef inline float low_of(const Activation *activation) noexcept nogil:
-    return activation.low if activation.kind == CLIP else -INFINITY
+cdef struct Place:
+    # Where in its arrays a job is.
+    const char *x
+    const char *residual            # NULL: absent
+    char *out
 
 
-cdef inline float high_of(const Activation *activation) noexcept nogil:
-    return activation.high if activation.kind == CLIP else INFINITY
+cdef bn_row_of_halves row_of_halves(
+    const Job *job, const Place *at, const float *center, const float *scale, const float *shift,
+) noexcept nogil:
+    cdef bint bounded = job.activation.kind == CLIP
+    return bn_row_of_halves(
+        x=<const uint16_t *> at.x, residual=<const uint16_t *> at.residual, y=<uint16_t *> at.out,
+        center=center, scale=scale, shift=shift,
+        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY)
 
 
 cdef Py_ssize_t normalize_halves(
-    const Job *job, const Place *at, Py_ssize_t rows, Py_ssize_t columns, const Steps *row,
-    const float *center, const float *scale, const float *shift, int step, bint next_channel, bint stream,
+    bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, const Steps *row, int step, bint next_channel, bint stream,
 ) noexcept nogil:
     """Halves to halves where the CPU converts; returns how many elements were done."""
-    cdef const uint16_t *x = <const uint16_t *> at.x
-    cdef uint16_t *y = <uint16_t *> at.out
-    cdef float low = low_of(&job.activation), high = high_of(&job.activation)
     if step:
-        return bn_normalize_halves(
-            x, y, rows, columns, row.x, row.out, center, scale, shift, 1, next_channel, low, high, stream)
-    return bn_normalize_halves(
-        x, y, rows, columns, row.x, row.out, center, scale, shift, 0, next_channel, low, high, stream)
+        return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 1, next_channel, stream)
+    return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 0, next_channel, stream)
 
 
 cdef void normalize_wide(
@@ -376,13 +386,6 @@ cdef void normalize_wide(
         if residual != NULL:
             t = t + residual[i]
         y[i] = activated(t, activation.kind, activation.low, activation.high, activation.slope)
-
-
-cdef struct Place:
-    # Where in its arrays a job is.
-    const char *x
-    const char *residual            # NULL: absent
-    char *out
 
 
 cdef inline void move(Place *at, const Steps *step, Py_ssize_t n) noexcept nogil:
@@ -431,7 +434,7 @@ cdef struct Walk:
     int step                        # 1: an element after the other is of the next channel, 0: of the same
     Steps element
     Steps row
-    bint halves                     # x and out are halves, one after the other, with nothing else to be done
+    bint halves                     # all are halves, one after the other, with nothing that only floats can
     Loop over_run                   # over elements of one row, or of several that are joined in all arrays
     Loop over_rows                  # over several rows
 
@@ -476,8 +479,8 @@ cdef Walk walk_of(
     walk.row = row
     walk.element = channel_steps(job) if step else inner_steps(job)
     walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.element.x == 2 and walk.element.out == 2 \
-        and job.residual.data == NULL and job.activation.kind <= CLIP and not job.coefficients.wide \
-        and BN_CONVERTS_HALVES
+        and (job.residual.data == NULL or (job.residual.type == FLOAT16 and walk.element.residual == 2)) \
+        and job.activation.kind <= CLIP and not job.coefficients.wide and BN_CONVERTS_HALVES
     # Every second float of a plane is taken as it lies: through a buffer it is half as fast.
     stride = 2 if job.x.type == FLOAT32 and walk.element.x == 8 and step == 0 and columns >= FEW \
         and job.residual.data == NULL and not job.coefficients.wide else 1
@@ -554,8 +557,7 @@ cdef void normalize_run(
         return
     if walk.halves and walk.step:
         done = bn_normalize_rows_of_halves(
-            <const uint16_t *> at.x, <uint16_t *> at.out, total, walk.over_run.rows.columns, center, scale, shift,
-            low_of(&job.activation), high_of(&job.activation), job.stream)
+            row_of_halves(job, &at, center, scale, shift), total, walk.over_run.rows.columns, job.stream)
         move(&at, &walk.element, done)
         total -= done
     if job.stream and 0 < walk.element.out <= 4:
@@ -569,7 +571,8 @@ cdef void normalize_run(
         n = min(n, total)
         if walk.halves:
             done = normalize_halves(
-                job, &at, 1, n, &walk.row, center + phase, scale + phase, shift + phase, walk.step, False, job.stream)
+                row_of_halves(job, &at, center + phase, scale + phase, shift + phase), 1, n, &walk.row, walk.step, False,
+                job.stream)
             move(&at, &walk.element, done)
             phase += done * walk.step
         if done < n:
@@ -598,8 +601,8 @@ cdef void normalize_table(
     if walk.halves and columns >= FEW and (columns <= CHUNK // 2 or not job.stream):
         # Lines that are streamed in parts cost five times as much as those that are not streamed.
         normalize_halves(
-            job, &at, rows, columns, &walk.row, center, scale, shift, walk.step, walk.over_rows.rows.next_channel,
-            job.stream and columns % (2 * LINE) == 0)
+            row_of_halves(job, &at, center, scale, shift), rows, columns, &walk.row, walk.step,
+            walk.over_rows.rows.next_channel, job.stream and columns % (2 * LINE) == 0)
         return
     while rows > 0:
         some = min(some, rows)

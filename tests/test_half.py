@@ -77,19 +77,29 @@ def test_halves_at_every_alignment_and_length_of_tail(isa, start):
 @pytest.mark.parametrize("caches", [0, 1 << 40], ids=["streamed", "in caches"])
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_rows_of_halves_of_every_length(isa, caches, axis, activation, rng):
-    """As the floats they are: joined, apart, and in place, where rows end within a vector."""
+@pytest.mark.parametrize("added", [False, True])
+def test_rows_of_halves_of_every_length(isa, caches, axis, activation, added, rng):
+    """As the floats they are: joined, apart, and in place of what is read, where rows end within a vector."""
     _core.use(importlib.import_module(f"bn_c._kernels_{isa}").table, caches)
     for columns in [*range(1, 70), 257, 263, 288, 1001]:
-        x = values(rng, (3, 5, columns), "f2")
-        mean, var = rng.uniform(-1, 1, x.shape[axis]), rng.uniform(1, 2, x.shape[axis])
-        expected = bn_c.batch_norm_inference(x.astype("f4"), mean, var, axis=axis, activation=activation).astype("f2")
-        memory = np.full((2, 3, 5, columns + 3), 7, "f2")
-        memory[0, ..., :columns] = x
-        joined, apart, itself = np.empty_like(x), memory[1, ..., :columns], memory[0, ..., :columns]
-        for source, out in [(x, joined), (x, apart), (itself, joined), (itself, itself), (x, x)]:
-            bn_c.batch_norm_inference(source, mean, var, axis=axis, activation=activation, out=out)
-            assert bits(out) == bits(expected)
+        shape = (3, 5, columns)
+        x, residual = values(rng, shape, "f2"), values(rng, shape, "f2") if added else None
+        mean, var = rng.uniform(-1, 1, shape[axis]), rng.uniform(1, 2, shape[axis])
+        memory = np.full((3, 3, 5, columns + 3), 7, "f2")
+        apart, x_apart, residual_apart = memory[..., :columns]
+        x_apart[...] = x
+        calls = [(x, residual, np.empty_like(x)), (x, residual, apart), (x_apart, residual, np.empty_like(x))]
+        if added:
+            residual_apart[...] = residual
+            calls += [(x, residual_apart, np.empty_like(x)), (x, residual_apart, residual_apart)]
+            own = residual.copy()
+            calls += [(x, own, own)]
+        calls += [(x_apart, residual, x_apart), (x, residual, x)]
+        options = {"axis": axis, "activation": activation}
+        wide = bn_c.batch_norm_inference(x.astype("f4"), mean, var, residual=residual, dtype="f2", **options)
+        for source, plus, out in calls:
+            y = bn_c.batch_norm_inference(source, mean, var, residual=plus, out=out, **options)
+            assert bits(y) == bits(wide)
         assert np.all(memory[..., columns:] == 7)
 
 

@@ -173,52 +173,69 @@ static inline void bn_add_to_sums(double *sums, bn_doubles low, bn_doubles high)
 
 enum { BN_ROWS = 4, BN_LANES = sizeof(bn_floats) / sizeof(float) };
 
+#endif
+
+/* y = min(max((x - center) * scale + shift + residual, low), high). NaN stays NaN: a bound is taken only if y
+ * compares beyond it. */
+typedef struct {
+    const uint16_t *x;
+    const uint16_t *residual; /* NULL: none */
+    uint16_t *y;              /* or x, or residual */
+    const float *center;
+    const float *scale;
+    const float *shift;
+    float low;
+    float high;
+} bn_row_of_halves;
+
+#if BN_CONVERTS_HALVES
 /* Elements i to n of a row, or of BN_ROWS rows of n that are joined: `step` is 0 where all have one
  * coefficient, 1 where each has its own, and the coefficients of a row are loaded once for all rows. `count`
  * vectors at a time do not wait for each other: small cores run instructions in their order. Returns where it
  * ends. */
 static inline __attribute__((always_inline)) ptrdiff_t
-bn_normalize_vectors(const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center,
-                     const float *scale, const float *shift, const int step, float low, float high,
+bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int step, const int added,
                      const int bounded, const int stream, const int count, const int rows)
 {
-    const bn_floats lows = bn_all(low), highs = bn_all(high);
+    const bn_floats lows = bn_all(r.low), highs = bn_all(r.high);
     const ptrdiff_t next = rows ? n : BN_LANES;
-    bn_floats c = bn_all(*center), a = bn_all(*scale), b = bn_all(*shift);
+    bn_floats c = bn_all(*r.center), a = bn_all(*r.scale), b = bn_all(*r.shift);
     for (; i + BN_LANES * (rows ? 1 : count) <= n; i += BN_LANES * (rows ? 1 : count)) {
         bn_halves halves[BN_ROWS];
         for (int j = 0; j < count; j++) {
             if (step && (j == 0 || !rows)) {
-                c = bn_floats_at(center + i + BN_LANES * j);
-                a = bn_floats_at(scale + i + BN_LANES * j);
-                b = bn_floats_at(shift + i + BN_LANES * j);
+                c = bn_floats_at(r.center + i + BN_LANES * j);
+                a = bn_floats_at(r.scale + i + BN_LANES * j);
+                b = bn_floats_at(r.shift + i + BN_LANES * j);
             }
-            bn_floats t = bn_halves_at(x + i + next * j);
+            bn_floats t = bn_halves_at(r.x + i + next * j);
             t = bn_scaled(t, c, a, b);
+            if (added)
+                t = t + bn_halves_at(r.residual + i + next * j);
             if (bounded)
                 t = bn_bounded(t, lows, highs);
             halves[j] = bn_to_halves(t);
         }
         for (int j = 0; j < count; j++) {
             if (stream)
-                bn_stream_halves(y + i + next * j, halves[j]);
+                bn_stream_halves(r.y + i + next * j, halves[j]);
             else
-                bn_store_halves(y + i + next * j, halves[j]);
+                bn_store_halves(r.y + i + next * j, halves[j]);
         }
     }
     return i;
 }
 
 /* The loop above with what is known of it beforehand. */
-static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(
-    const uint16_t *x, uint16_t *y, ptrdiff_t i, ptrdiff_t n, const float *center, const float *scale,
-    const float *shift, const int step, float low, float high, int stream, const int count, const int rows)
+static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(bn_row_of_halves r, ptrdiff_t i,
+                                                                         ptrdiff_t n, const int step,
+                                                                         const int added, int stream,
+                                                                         const int count, const int rows)
 {
-    const int bounded = low > -INFINITY || high < INFINITY;
-#define BN_NORMALIZE(bounded, stream)                                                                        \
-    bn_normalize_vectors(x, y, i, n, center, scale, shift, step, low, high, bounded, stream, count, rows)
+    const int bounded = added || r.low > -INFINITY || r.high < INFINITY;
+#define BN_NORMALIZE(bounded, stream) bn_normalize_vectors(r, i, n, step, added, bounded, stream, count, rows)
 #if defined(__F16C__)
-    if (stream && (uintptr_t)y % sizeof(bn_halves) == 0)
+    if (stream && (uintptr_t)r.y % sizeof(bn_halves) == 0)
         return bounded ? BN_NORMALIZE(1, 1) : BN_NORMALIZE(0, 1);
 #endif
     (void)stream;
@@ -226,49 +243,63 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(
 #undef BN_NORMALIZE
 }
 
-/* Elements of a row, a vector at least. The last vector is done with those before it that it overlaps, and is
- * loaded first, since y may be x. Of rows that end within a vector whole lines only are streamed. */
+/* n elements, a vector at least. The last vector is done with those before it that it overlaps; where y is
+ * what is read, it is loaded first. Of rows that end within a vector whole lines only are streamed. */
 static inline __attribute__((always_inline)) void
-bn_normalize_row_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n, const float *center,
-                           const float *scale, const float *shift, const int step, float low, float high,
-                           int stream)
+bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, const int added, int stream)
 {
-    uint16_t rest[BN_LANES];
+    uint16_t x[BN_LANES], residual[BN_LANES];
     const ptrdiff_t last = n - BN_LANES, own = step ? last : 0;
+    bn_row_of_halves rest = {r.x + last,    added ? r.residual + last : NULL,
+                             r.y + last,    r.center + own,
+                             r.scale + own, r.shift + own,
+                             r.low,         r.high};
     ptrdiff_t i = 0;
-    memcpy(rest, x + last, sizeof rest);
+    if (n % BN_LANES && (r.y == r.x || (added && r.y == r.residual))) {
+        rest.x = memcpy(x, rest.x, sizeof x);
+        if (added)
+            rest.residual = memcpy(residual, rest.residual, sizeof residual);
+    }
 #if defined(__aarch64__)
     (void)stream;
-    i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, 0, BN_ROWS, 0);
+    i = bn_normalize_some(r, i, n, step, added, 0, BN_ROWS, 0);
 #else
     if (stream)
-        i = bn_normalize_some(x, y, i, n % BN_LANES ? n & -BN_LINE / 2 : n, center, scale, shift, step, low,
-                              high, 1, 1, 0);
+        i = bn_normalize_some(r, i, n % BN_LANES ? n & -BN_LINE / 2 : n, step, added, 1, 1, 0);
 #endif
-    i = bn_normalize_some(x, y, i, n, center, scale, shift, step, low, high, 0, 1, 0);
+    i = bn_normalize_some(r, i, n, step, added, 0, 1, 0);
     if (i < n)
-        bn_normalize_some(rest, y + last, 0, BN_LANES, center + own, scale + own, shift + own, step, low,
-                          high, 0, 1, 0);
+        bn_normalize_some(rest, 0, BN_LANES, step, added, 0, 1, 0);
+}
+
+static inline void bn_move(bn_row_of_halves *r, ptrdiff_t x, ptrdiff_t residual, ptrdiff_t y)
+{
+    r->x = (const uint16_t *)((const char *)r->x + x);
+    if (r->residual)
+        r->residual = (const uint16_t *)((const char *)r->residual + residual);
+    r->y = (uint16_t *)((char *)r->y + y);
 }
 #endif
 
-/* y = min(max((x - center) * scale + shift, low), high), halves to halves without a detour through memory, of
- * rows that lie `x_row` and `y_row` bytes apart, if a row is a vector at least; returns how many elements
- * were done, all or none. `step` is 1 where each element of a row has its own coefficients, 0 where all have
- * one; the next row's follow `next` behind. NaN stays NaN: the bound is taken only if y compares beyond it.
- */
-static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrdiff_t rows, ptrdiff_t columns,
-                                            ptrdiff_t x_row, ptrdiff_t y_row, const float *center,
-                                            const float *scale, const float *shift, const int step, int next,
-                                            float low, float high, int stream)
+/* Rows from the first one on, that lie so many bytes apart, halves to halves without a detour through memory,
+ * if a row is a vector at least; returns how many elements were done, all or none. `step` is 1 where each
+ * element of a row has its own coefficients, 0 where all have one; the next row's follow `next` behind. */
+static inline ptrdiff_t bn_normalize_halves(bn_row_of_halves r, ptrdiff_t rows, ptrdiff_t columns,
+                                            ptrdiff_t x_row, ptrdiff_t residual_row, ptrdiff_t y_row,
+                                            const int step, int next, int stream)
 {
 #if BN_CONVERTS_HALVES
     if (columns < BN_LANES)
         return 0;
-    for (ptrdiff_t row = 0; row < rows; row++, center += next, scale += next, shift += next) {
-        bn_normalize_row_of_halves(x, y, columns, center, scale, shift, step, low, high, stream);
-        x = (const uint16_t *)((const char *)x + x_row);
-        y = (uint16_t *)((char *)y + y_row);
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        if (r.residual)
+            bn_normalize_row_of_halves(r, columns, step, 1, stream);
+        else
+            bn_normalize_row_of_halves(r, columns, step, 0, stream);
+        bn_move(&r, x_row, residual_row, y_row);
+        r.center += next;
+        r.scale += next;
+        r.shift += next;
     }
     return rows * columns;
 #else
@@ -276,18 +307,22 @@ static inline ptrdiff_t bn_normalize_halves(const uint16_t *x, uint16_t *y, ptrd
 #endif
 }
 
-/* The same for joined rows of elements that have coefficients of their own, and each row the same. */
-static inline ptrdiff_t bn_normalize_rows_of_halves(const uint16_t *x, uint16_t *y, ptrdiff_t n,
-                                                    ptrdiff_t columns, const float *center,
-                                                    const float *scale, const float *shift, float low,
-                                                    float high, int stream)
+/* The same of n elements in joined rows, whose elements have coefficients of their own, and each row the
+ * same. */
+static inline ptrdiff_t bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns,
+                                                    int stream)
 {
     ptrdiff_t done = 0;
 #if BN_CONVERTS_HALVES
+    const ptrdiff_t some = BN_ROWS * columns, bytes = some * (ptrdiff_t)sizeof(uint16_t);
     if (columns % 16 == 0)
-        for (; done + BN_ROWS * columns <= n; done += BN_ROWS * columns)
-            bn_normalize_some(x + done, y + done, 0, columns, center, scale, shift, 1, low, high, stream,
-                              BN_ROWS, 1);
+        for (; done + some <= n; done += some) {
+            if (r.residual)
+                bn_normalize_some(r, 0, columns, 1, 1, stream, BN_ROWS, 1);
+            else
+                bn_normalize_some(r, 0, columns, 1, 0, stream, BN_ROWS, 1);
+            bn_move(&r, bytes, bytes, bytes);
+        }
 #endif
     return done;
 }
