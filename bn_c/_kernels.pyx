@@ -76,6 +76,10 @@ ctypedef fused number:
     uint16_t
     int16_t
 
+ctypedef fused loaded:
+    float
+    uint16_t            # a half
+
 cdef enum:
     CHUNK = 512         # elements that pass through a buffer at a time: the best of 64 .. 1024
     PAGE = 1024         # floats of a page
@@ -117,20 +121,33 @@ cdef inline float *away_from(const char *x, float *storage) noexcept nogil:
     return storage + ((<size_t> x + 2048) // 64 * 64 - <size_t> storage) % 4096 // 4
 
 
+cdef inline void load_row(const number *source, Py_ssize_t stride, apart to, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = <float> (<const number *> (<const char *> source + i * stride))[0]
+
+
+cdef inline void load_row_of_halves(const uint16_t *source, Py_ssize_t stride, uint16_t *to, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = (<const uint16_t *> (<const char *> source + i * stride))[0]
+
+
 cdef inline void load_grid(
-    const number *source, Py_ssize_t row_stride, Py_ssize_t stride, apart to, Py_ssize_t rows, Py_ssize_t columns,
+    const number *source, Py_ssize_t row_stride, Py_ssize_t stride, loaded *to, Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
-    cdef Py_ssize_t _row, c
-    cdef const char *at = <const char *> source
+    cdef Py_ssize_t _row
     for _row in range(rows):
-        for c in range(columns):
-            to[c] = <float> (<const number *> (at + c * stride))[0]
-        at += row_stride
+        if loaded is float:
+            load_row(source, stride, <apart> to, columns)
+        else:
+            load_row_of_halves(<const uint16_t *> source, stride, to, columns)
+        source = <const number *> (<const char *> source + row_stride)
         to += columns
 
 
 cdef inline void load_numbers(
-    const number *source, Py_ssize_t row_stride, Py_ssize_t stride, apart to, Py_ssize_t rows, Py_ssize_t columns,
+    const number *source, Py_ssize_t row_stride, Py_ssize_t stride, loaded *to, Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
     # Strides that are known when this is compiled are vectorised.
     if stride == <Py_ssize_t> sizeof(number):
@@ -146,35 +163,39 @@ cdef inline void load_numbers(
         load_grid(source, row_stride, stride, to, rows, columns)
 
 
-cdef inline void load_halves(const char *source, Py_ssize_t stride, float *to, Py_ssize_t n) noexcept nogil:
+cdef inline void load_halves(
+    const char *source, Py_ssize_t row_stride, Py_ssize_t stride, float *to, Py_ssize_t rows, Py_ssize_t columns,
+) noexcept nogil:
+    """Short rows, and what is strided, are put together first, to be converted whole vectors at a time."""
     cdef uint16_t[CHUNK] halves
-    cdef Py_ssize_t i, some
-    if stride == 2:
-        bn_floats_from_halves(<const uint16_t *> source, to, n)
+    cdef Py_ssize_t row = 0, first = 0, n = 1, some
+    if stride == 2 and (rows == 1 or columns >= CHUNK // 4):
+        for row in range(rows):
+            bn_floats_from_halves(<const uint16_t *> (source + row * row_stride), to + row * columns, columns)
         return
-    while n > 0:
-        some = min(<Py_ssize_t> CHUNK, n)
-        for i in range(some):
-            halves[i] = (<const uint16_t *> (source + i * stride))[0]
-        bn_floats_from_halves(halves, to, some)
-        source += some * stride
-        to += some
-        n -= some
+    while row < rows:
+        some = min(<Py_ssize_t> CHUNK, columns - first)
+        n = max(<Py_ssize_t> 1, min(CHUNK // columns, rows - row))
+        load_numbers(
+            <const uint16_t *> (source + row * row_stride + first * stride), row_stride, stride, &halves[0], n, some)
+        bn_floats_from_halves(halves, to + row * columns + first, n * some)
+        first += some
+        if first == columns:
+            first = 0
+            row += n
 
 
 cdef void load(
     int type, const char *source, Py_ssize_t row_stride, Py_ssize_t stride, float *to, Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
     """Rows of numbers, one after the other."""
-    cdef Py_ssize_t row
     if row_stride == columns * stride:
         columns *= rows
         rows = 1
     if type == FLOAT32:
         load_numbers(<const float *> source, row_stride, stride, to, rows, columns)
     elif type == FLOAT16:
-        for row in range(rows):
-            load_halves(source + row * row_stride, stride, to + row * columns, columns)
+        load_halves(source, row_stride, stride, to, rows, columns)
     elif type == UINT8:
         load_numbers(<const uint8_t *> source, row_stride, stride, to, rows, columns)
     elif type == INT8:
@@ -185,38 +206,39 @@ cdef void load(
         load_numbers(<const int16_t *> source, row_stride, stride, to, rows, columns)
 
 
-cdef void store_row(const Job *job, const float *source, char *to, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
-    cdef uint16_t[CHUNK] halves
-    cdef Py_ssize_t i
-    if job.out.type == FLOAT32:
-        if stride != 4:
-            for i in range(n):
-                (<float *> (to + i * stride))[0] = source[i]
-        elif job.stream:
-            bn_stream(to, <const char *> source, n * 4)
+cdef inline void store_numbers(
+    const loaded *source, char *to, Py_ssize_t row_stride, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
+    bint stream,
+) noexcept nogil:
+    cdef Py_ssize_t _row, i
+    for _row in range(rows):
+        if stride != <Py_ssize_t> sizeof(loaded):
+            for i in range(columns):
+                (<loaded *> (to + i * stride))[0] = source[i]
+        elif stream:
+            bn_stream(to, <const char *> source, columns * sizeof(loaded))
         else:
-            memcpy(to, source, n * 4)
-    elif stride == 2 and not job.stream:
-        bn_halves_from_floats(source, <uint16_t *> to, n)
-    else:
-        bn_halves_from_floats(source, halves, n)
-        if stride == 2:
-            bn_stream(to, <const char *> halves, n * 2)
-        else:
-            for i in range(n):
-                (<uint16_t *> (to + i * stride))[0] = halves[i]
+            memcpy(to, source, columns * sizeof(loaded))
+        source += columns
+        to += row_stride
 
 
 cdef void store(
     const Job *job, const float *source, char *to, Py_ssize_t row_stride, Py_ssize_t stride,
     Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
-    cdef Py_ssize_t row
+    """Rows of numbers that lie one after the other, CHUNK at most."""
+    cdef uint16_t[CHUNK] halves
     if row_stride == columns * stride:
-        store_row(job, source, to, stride, rows * columns)
-        return
-    for row in range(rows):
-        store_row(job, source + row * columns, to + row * row_stride, stride, columns)
+        columns *= rows
+        rows = 1
+    if job.out.type == FLOAT32:
+        store_numbers(source, to, row_stride, stride, rows, columns, job.stream)
+    elif stride == 2 and rows == 1 and not job.stream:
+        bn_halves_from_floats(source, <uint16_t *> to, columns)
+    else:
+        bn_halves_from_floats(source, halves, rows * columns)
+        store_numbers(<const uint16_t *> &halves[0], to, row_stride, stride, rows, columns, job.stream)
 
 
 # ---- y = activation((x - center) * scale + shift + residual) ----------------------------------------
