@@ -88,6 +88,11 @@ cdef inline Py_ssize_t magnitude(Py_ssize_t stride) noexcept nogil:
     return -stride if stride < 0 else stride
 
 
+cdef inline size_t distance(Py_ssize_t stride) noexcept nogil:
+    """By which loops are ordered. Elements that are repeated, at stride 0, count as furthest apart."""
+    return <size_t> magnitude(stride) - 1
+
+
 cdef inline void lay_out(
     Job *job, int ndim, int axis, const Py_ssize_t *shape,
     const Py_ssize_t *x, const Py_ssize_t *residual, const Py_ssize_t *out,
@@ -104,7 +109,7 @@ cdef inline void lay_out(
         if d == axis or shape[d] == 1:
             continue
         i = n
-        while i > 0 and magnitude(x[dims[i - 1]]) < magnitude(x[d]):
+        while i > 0 and distance(x[dims[i - 1]]) < distance(x[d]):
             dims[i] = dims[i - 1]
             i -= 1
         dims[i] = d
