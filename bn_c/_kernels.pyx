@@ -168,7 +168,7 @@ cdef inline void load_halves(
 ) noexcept nogil:
     """Short rows, and what is strided, are put together first, to be converted whole vectors at a time."""
     cdef uint16_t[CHUNK] halves
-    cdef Py_ssize_t row = 0, first = 0, n = 1, some
+    cdef Py_ssize_t row = 0, first = 0, n, some
     if stride == 2 and (rows == 1 or columns >= CHUNK // 4):
         for row in range(rows):
             bn_floats_from_halves(<const uint16_t *> (source + row * row_stride), to + row * columns, columns)

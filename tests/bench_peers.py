@@ -29,6 +29,7 @@ SPEED = (
     Case("51 MB", NHWC, -1, dtype="float16"),
     Case("in cache", (8, 64, 56, 56), fused=True),
     Case("103 MB", NCHW, fused=True),
+    Case("51 MB", NCHW, dtype="float16", fused=True),
     Case("103 MB", NCHW, batch=True),
     Case("103 MB", NHWC, -1, batch=True),
     Case("6 MB", (8, 64, 56, 56), batch=True),
@@ -59,6 +60,7 @@ LAYOUTS = (
     *((Case("channels last", (8, 224, 224, c), -1), None, Case("first", (8, c, 224, 224))) for c in (1, 3, 4)),
     (Case("planes", (32, 512, 7, 7)), None, Case("planes", (32, 32, 28, 28))),
     (Case("planes", (32, 256, 13, 13)), None, Case("planes", (32, 16, 52, 52))),
+    (Case("planes", (32, 512, 7, 7), dtype="float16"), None, Case("planes", (32, 32, 28, 28), dtype="float16")),
     (replace(PLAIN, name="x[..., ::2]"), placed(lambda x: np.repeat(x, 2, -1)[..., ::2]), PLAIN),
     (replace(PLAIN, name="Fortran order"), placed(np.asfortranarray), PLAIN),
 )
