@@ -767,9 +767,11 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
 cdef void normalize(const Job *job) noexcept nogil:
     cdef bint joined = planes_join(&job.x, job.inner) and planes_join(&job.out, job.inner) \
         and planes_join(&job.residual, job.inner)
+    # Loops over rows of halves are slower to begin.
+    cdef Py_ssize_t short_plane = 2 * FEW if job.x.type == FLOAT16 else FEW
     if job.channels_last:
         normalize_rows(job)
-    elif joined and job.inner < FEW and job.outer >= 4 and not job.coefficients.wide:
+    elif joined and job.inner < short_plane and job.outer >= 4 and not job.coefficients.wide:
         normalize_short_planes(job)
     else:
         normalize_planes(job)
@@ -1214,6 +1216,8 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
     elif view.mask.data == NULL and job.inner <= WIDEST // 2:
         # Planes are short: their elements are columns, of several channels that follow each other.
         most = WIDEST // job.inner if job.x.channel == job.inner * job.x.inner else 1
+        if most > LANES:
+            most = most // LANES * LANES    # columns in whole registers
         view.width = job.inner
         view.inner = job.outer_shape[last] if last >= 0 else 1
         view.x.inner = job.x.outer[last] if last >= 0 else 0

@@ -260,13 +260,9 @@ bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, cons
         if (added)
             rest.residual = memcpy(residual, rest.residual, sizeof residual);
     }
-#if defined(__aarch64__)
-    (void)stream;
-    i = bn_normalize_some(r, i, n, step, added, 0, BN_ROWS, 0);
-#else
     if (stream)
         i = bn_normalize_some(r, i, n % BN_LANES ? n & -BN_LINE / 2 : n, step, added, 1, 1, 0);
-#endif
+    i = bn_normalize_some(r, i, n, step, added, 0, BN_ROWS, 0);
     i = bn_normalize_some(r, i, n, step, added, 0, 1, 0);
     if (i < n)
         bn_normalize_some(rest, 0, BN_LANES, step, added, 0, 1, 0);
