@@ -265,7 +265,7 @@ bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, cons
     i = bn_normalize_some(r, i, n, step, added, 0, BN_ROWS, 0);
     i = bn_normalize_some(r, i, n, step, added, 0, 1, 0);
     if (i < n)
-        bn_normalize_some(rest, 0, BN_LANES, step, added, 0, 1, 0);
+        bn_normalize_vectors(rest, 0, BN_LANES, step, added, 1, 0, 1, 0);
 }
 
 static inline void bn_move(bn_row_of_halves *r, ptrdiff_t x, ptrdiff_t residual, ptrdiff_t y)
@@ -279,10 +279,13 @@ static inline void bn_move(bn_row_of_halves *r, ptrdiff_t x, ptrdiff_t residual,
 
 /* Rows from the first one on, that lie so many bytes apart, halves to halves without a detour through memory,
  * if a row is a vector at least; returns how many elements were done, all or none. `step` is 1 where each
- * element of a row has its own coefficients, 0 where all have one; the next row's follow `next` behind. */
-static inline ptrdiff_t bn_normalize_halves(bn_row_of_halves r, ptrdiff_t rows, ptrdiff_t columns,
-                                            ptrdiff_t x_row, ptrdiff_t residual_row, ptrdiff_t y_row,
-                                            const int step, int next, int stream)
+ * element of a row has its own coefficients, 0 where all have one; the next row's follow `next` behind.
+ * Not inlined: copies for each caller made wheels too large. */
+static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of_halves r, ptrdiff_t rows,
+                                                                       ptrdiff_t columns, ptrdiff_t x_row,
+                                                                       ptrdiff_t residual_row,
+                                                                       ptrdiff_t y_row, const int step,
+                                                                       int next, int stream)
 {
 #if BN_CONVERTS_HALVES
     if (columns < BN_LANES)
