@@ -25,6 +25,8 @@ ISAS = {
 # Contraction would round differently where the CPU has FMA; errno and traps, which nothing here reads,
 # keep loops from being vectorised. None of the three changes a result.
 FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# The same loops took 1.2 x as long where another function before them had moved them by 16 bytes.
+FAST = ["-O3", "-falign-functions=32"]
 # Not by importing it: where this is cross-compiled it is another architecture's.
 NUMPY_INCLUDE = Path(find_spec("numpy").origin).parent / "_core" / "include"
 # The oldest NumPy that the package runs with, and what its headers need not declare.
@@ -69,7 +71,7 @@ setup(
     ext_modules=[
         extension("_core", "_core", ["-O2"]),
         # A compiler too old for a set leaves it out; `bn_c.supported_isas()` then does not list it.
-        *(extension(f"_kernels_{isa}", "_kernels", ["-O3", *flags]) for isa, flags in isas.items()),
+        *(extension(f"_kernels_{isa}", "_kernels", [*FAST, *flags]) for isa, flags in isas.items()),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {},
 )

@@ -47,7 +47,7 @@ cdef extern from "bn_c/half.h" nogil:
         float high
     Py_ssize_t bn_normalize_halves(
         bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t x_row, Py_ssize_t residual_row,
-        Py_ssize_t y_row, int step, int next, int stream)
+        Py_ssize_t y_row, int step, int next, int stream, int far)
     Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
@@ -385,11 +385,12 @@ cdef bn_row_of_halves row_of_halves(
 
 cdef Py_ssize_t normalize_halves(
     bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, const Steps *row, int step, bint next_channel, bint stream,
+    bint far,
 ) noexcept nogil:
     """Halves to halves where the CPU converts; returns how many elements were done."""
     if step:
-        return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 1, next_channel, stream)
-    return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 0, next_channel, stream)
+        return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 1, next_channel, stream, far)
+    return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 0, next_channel, stream, far)
 
 
 cdef void normalize_wide(
@@ -457,6 +458,9 @@ cdef struct Walk:
     Steps element
     Steps row
     bint halves                     # all are halves, one after the other, with nothing that only floats can
+    bint far                        # x comes from memory, and all of its lines count
+    bint short_rows                 # those of y: a page at most
+    bint whole_lines                # those of y
     Loop over_run                   # over elements of one row, or of several that are joined in all arrays
     Loop over_rows                  # over several rows
 
@@ -487,7 +491,7 @@ cdef Rows joined_rows(Py_ssize_t columns, int stride, bint next_channel) noexcep
 
 
 cdef Walk walk_of(
-    const Job *job, int step, Steps row, Py_ssize_t columns, Py_ssize_t period, bint next_channel,
+    const Job *job, int step, Steps element, Steps row, Py_ssize_t columns, Py_ssize_t period, bint next_channel,
 ) noexcept nogil:
     """Rows of that many columns, after each of which come the next channel's coefficients or the same ones.
 
@@ -498,8 +502,11 @@ cdef Walk walk_of(
     cdef Loop rows
     cdef int stride
     walk.step = step
+    walk.element = element
     walk.row = row
-    walk.element = channel_steps(job) if step else inner_steps(job)
+    walk.far = job.far and 0 < element.x <= 8
+    walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
+    walk.whole_lines = columns * element.out % (4 * LINE) == 0
     walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.element.x == 2 and walk.element.out == 2 \
         and (job.residual.data == NULL or (job.residual.type == FLOAT16 and walk.element.residual == 2)) \
         and job.activation.kind <= CLIP and not job.coefficients.wide and BN_CONVERTS_HALVES
@@ -513,6 +520,9 @@ cdef Walk walk_of(
     run.out = is_run(&job.out, walk.element.out) and not job.stream
     run.rows = joined_rows(period, stride, False)
     rows = run
+    # Lines that are streamed in parts cost five times as much as those that are not streamed.
+    if walk.short_rows and not walk.whole_lines and columns >= FEW:
+        rows.out = is_run(&job.out, element.out)
     rows.rows = joined_rows(columns if columns >= FEW or not step else period, stride, next_channel)
     if columns >= FEW:
         if rows.x:
@@ -546,7 +556,7 @@ cdef void normalize_chunk(
     cdef const float *x = <const float *> at.x
     cdef const float *residual = <const float *> at.residual
     cdef float *y = <float *> at.out if loop.out else buffer
-    if job.far and (rows == 1 or walk.row.x == columns * walk.element.x):
+    if walk.far and (rows == 1 or walk.row.x == columns * walk.element.x):
         bn_prefetch_far(at.x + BN_FAR, rows * columns * walk.element.x)
     if not loop.residual:
         load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
@@ -571,17 +581,12 @@ cdef void normalize_run(
 ) noexcept nogil:
     """Elements one step from each other. Where their coefficients repeat, after `period`, they are there twice."""
     cdef Py_ssize_t most = period if walk.halves else min(<Py_ssize_t> CHUNK, period)
-    cdef Py_ssize_t phase = 0, n = most, done = 0
+    cdef Py_ssize_t phase = 0, n = most, done
     if everywhere(job, &walk.over_run):
         normalize_floats(
             <const float *> at.x, <const float *> at.residual, <float *> at.out, total, &walk.over_run.rows,
             center, scale, shift, walk.step, &job.activation)
         return
-    if walk.halves and walk.step:
-        done = bn_normalize_rows_of_halves(
-            row_of_halves(job, &at, center, scale, shift), total, walk.over_run.rows.columns, job.stream)
-        move(&at, &walk.element, done)
-        total -= done
     if job.stream and 0 < walk.element.out <= 4:
         # All chunks but the last end where a cache line of out does.
         if most > 2 * LINE:
@@ -590,11 +595,19 @@ cdef void normalize_run(
         if <size_t> at.out % 64 > 0:
             n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.element.out))
     while total > 0:
+        if walk.halves and walk.step and n == most:
+            # After whole rows the phase is the same.
+            done = bn_normalize_rows_of_halves(
+                row_of_halves(job, &at, center + phase, scale + phase, shift + phase), total,
+                walk.over_run.rows.columns, job.stream)
+            move(&at, &walk.element, done)
+            total -= done
         n = min(n, total)
+        done = 0
         if walk.halves:
             done = normalize_halves(
                 row_of_halves(job, &at, center + phase, scale + phase, shift + phase), 1, n, &walk.row, walk.step, False,
-                job.stream)
+                job.stream, False)
             move(&at, &walk.element, done)
             phase += done * walk.step
         if done < n:
@@ -620,15 +633,16 @@ cdef void normalize_table(
             <const float *> at.x, <const float *> at.residual, <float *> at.out, rows * columns, &walk.over_rows.rows,
             center, scale, shift, walk.step, &job.activation)
         return
-    if walk.halves and columns >= FEW and (columns <= CHUNK // 2 or not job.stream):
-        # Lines that are streamed in parts cost five times as much as those that are not streamed.
+    if walk.halves and columns >= FEW and (walk.short_rows or walk.whole_lines or not job.stream):
         normalize_halves(
             row_of_halves(job, &at, center, scale, shift), rows, columns, &walk.row, walk.step,
-            walk.over_rows.rows.next_channel, job.stream and columns % (2 * LINE) == 0)
+            walk.over_rows.rows.next_channel, job.stream and walk.whole_lines, walk.far and walk.short_rows)
         return
     while rows > 0:
         some = min(some, rows)
         if one_by_one:
+            if walk.far and walk.short_rows and walk.row.x != columns * walk.element.x:
+                bn_prefetch_far(at.x + walk.row.x, columns * walk.element.x)
             normalize_run(job, walk, at, columns, center, scale, shift, columns, first)
         else:
             normalize_chunk(job, walk, &walk.over_rows, at, some, columns, center, scale, shift, first)
@@ -641,21 +655,22 @@ cdef void normalize_table(
         rows -= some
 
 
-cdef inline bint rows_join(const Operand *operand, Py_ssize_t channels) noexcept nogil:
-    """Whether each row of channels begins where the one before ends."""
-    return operand.data == NULL or operand.inner == channels * operand.channel
-
-
 cdef inline bint planes_join(const Operand *operand, Py_ssize_t inner) noexcept nogil:
     return operand.data == NULL or operand.channel == inner * operand.inner
 
 
-cdef Py_ssize_t rows_of_lines(Py_ssize_t channels) noexcept nogil:
-    """How many rows of few channels make whole cache lines, four at least; 1 if they are too many for a pattern."""
+cdef inline bint rows_join(const Walk *walk, Py_ssize_t columns) noexcept nogil:
+    """Whether each row begins where the one before ends."""
+    return walk.row.x == columns * walk.element.x and walk.row.residual == columns * walk.element.residual \
+        and walk.row.out == columns * walk.element.out
+
+
+cdef Py_ssize_t rows_of_lines(Py_ssize_t columns) noexcept nogil:
+    """How many short rows make whole cache lines, four at least; 1 if they are too many for a pattern."""
     cdef Py_ssize_t rows = 4 * LINE
-    while rows > 1 and channels * (rows // 2) % (4 * LINE) == 0:
+    while rows > 1 and columns * (rows // 2) % (4 * LINE) == 0:
         rows //= 2
-    return rows if rows * channels <= PATTERN else 1
+    return rows if rows * columns <= PATTERN else 1
 
 
 cdef struct Pattern:
@@ -679,53 +694,63 @@ cdef void repeat(
             pattern.n += 1
 
 
-cdef void normalize_rows(const Job *job) noexcept nogil:
-    """Channels last. The coefficients of few channels are repeated, for loops that are longer than a row."""
+cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, Py_ssize_t times) noexcept nogil:
+    """Rows of these channels, with so many elements of each.
+
+    The coefficients of short rows are repeated, for loops that are longer than one row. Halves do not need it where
+    their rows do not make whole lines: then less of L1 counts for more.
+    """
     cdef Pattern pattern
     cdef const Coefficients *k = &job.coefficients
     cdef const float *center = k.center
     cdef const float *scale = k.scale
     cdef const float *shift = k.shift
-    cdef Py_ssize_t channels = job.channels, period = channels, few = 1, position, _row
-    cdef Py_ssize_t rows = rows_of_lines(channels)
-    cdef bint joined = rows_join(&job.x, channels) and rows_join(&job.out, channels) and rows_join(&job.residual, channels)
-    cdef Walk walk
-    if PATTERN // (rows * channels) > 0 and job.inner >= 4 and not k.wide and (joined or channels < FEW):
-        few = rows
-        period = PATTERN // (few * channels) * few * channels
+    cdef Steps element = channel_steps(job)
+    cdef Py_ssize_t columns = channels * times, few = rows_of_lines(columns), i
+    cdef Py_ssize_t period = PATTERN // (few * columns) * few * columns
+    cdef Walk walk = walk_of(job, 1, element, inner_steps(job), columns, columns, False)
+    cdef bint joined = rows_join(&walk, columns)
+    cdef bint long_enough = walk.halves and columns >= 4 * LINE and few * columns % (4 * LINE) > 0
+    cdef bint repeated = period > columns and job.inner >= 4 and not k.wide and (
+        columns < FEW or (joined and not long_enough))
+    cdef Place at
+    if repeated:
+        walk = walk_of(job, 1, element, inner_steps(job), columns, few * columns, False)
+    if repeated or times > 1:
         pattern.n = 0
-        for _row in range(2 * period // channels):
-            repeat(&pattern, k, 0, channels, 1)
+        for i in range(2 * period // columns if repeated else 1):
+            repeat(&pattern, k, first, channels, times)
         center = pattern.center
         scale = pattern.scale
         shift = pattern.shift
-    walk = walk_of(
-        job, 1, inner_steps(job), channels, few * channels, False)
-    for position in range(job.outer):
-        if joined and period > channels:
-            normalize_run(
-                job, &walk, outer_place(job, position), job.inner * channels, center, scale, shift, period, 0)
+    for i in range(job.outer):
+        at = outer_place(job, i)
+        move(&at, &element, first * times)
+        if repeated and joined:
+            normalize_run(job, &walk, at, job.inner * columns, center, scale, shift, period, 0)
         else:
-            normalize_table(job, &walk, outer_place(job, position), job.inner, channels, center, scale, shift, 0)
+            normalize_table(job, &walk, at, job.inner, columns, center, scale, shift, 0)
+
+
+cdef void turn(Operand *operand, int last) noexcept nogil:
+    operand.channel = operand.inner
+    operand.inner = operand.outer[last]
 
 
 cdef void normalize_short_planes(const Job *job) noexcept nogil:
-    """Planes that follow each other: several at a time, with the coefficients of each repeated over its plane."""
-    cdef Pattern pattern
-    cdef Steps channel = channel_steps(job)
-    cdef Walk walk = walk_of(job, 0, channel, job.inner, 2 * PATTERN, False)
-    cdef Py_ssize_t first = 0, planes, position
-    cdef Place at
-    walk.step = 1
+    """Planes that follow each other: as many as a pattern holds are a row, like channels that are last."""
+    cdef Job turned = job[0]
+    cdef int last = job.outer_ndim - 1
+    cdef Py_ssize_t most = 2 * PATTERN // job.inner // (2 * LINE) * 2 * LINE, first = 0
+    turned.outer_ndim = last
+    turned.inner = job.outer_shape[last]
+    turned.outer = job.outer // turned.inner
+    turn(&turned.x, last)
+    turn(&turned.residual, last)
+    turn(&turned.out, last)
     while first < job.channels:
-        planes = min(2 * PATTERN // job.inner, job.channels - first)
-        pattern.n = 0
-        repeat(&pattern, &job.coefficients, first, planes, job.inner)
-        for position in range(job.outer):
-            at = outer_place(job, position)
-            move(&at, &channel, first)
-            normalize_run(job, &walk, at, pattern.n, pattern.center, pattern.scale, pattern.shift, pattern.n, 0)
-        first += planes
+        normalize_rows(&turned, first, min(most, job.channels - first), job.inner)
+        first += most
 
 
 cdef void normalize_planes(const Job *job) noexcept nogil:
@@ -741,7 +766,7 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
         run = job.outer_shape[last]
         d -= 1
     if inside == 1:
-        walk = walk_of(job, 0, channel, job.inner, job.inner, True)
+        walk = walk_of(job, 0, inner_steps(job), channel, job.inner, job.inner, True)
         for position in range(job.outer):
             if everywhere(job, &walk.over_rows) and position + 1 < job.outer:
                 at = outer_place(job, position + 1)
@@ -752,7 +777,8 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
                 job, &walk, outer_place(job, position), job.channels, job.inner, k.center, k.scale, k.shift, 0)
         return
     walk = walk_of(
-        job, 0, steps_of(job.x.outer[last], job.residual.outer[last], job.out.outer[last]), job.inner, job.inner, False)
+        job, 0, inner_steps(job), steps_of(job.x.outer[last], job.residual.outer[last], job.out.outer[last]),
+        job.inner, job.inner, False)
     while position < job.outer:
         for c in range(job.channels):
             i = 0
@@ -770,7 +796,7 @@ cdef void normalize(const Job *job) noexcept nogil:
     # Loops over rows of halves are slower to begin.
     cdef Py_ssize_t short_plane = 2 * FEW if job.x.type == FLOAT16 else FEW
     if job.channels_last:
-        normalize_rows(job)
+        normalize_rows(job, 0, job.channels, 1)
     elif joined and job.inner < short_plane and job.outer >= 4 and not job.coefficients.wide:
         normalize_short_planes(job)
     else:
