@@ -44,9 +44,12 @@ def last_level_cache() -> int:
     return 4 << 20
 
 
-def use(isa: str) -> None:
-    """Loads the kernels of a supported instruction set and makes them those that every call runs."""
-    _core.use(import_module(f"bn_c._kernels_{isa}").table, last_level_cache())
+def use(isa: str, caches: int | None = None) -> None:
+    """Loads the kernels of a supported instruction set and makes them those that every call runs.
+
+    Arrays of more bytes than `caches`, the last level's by default, are taken to be in memory.
+    """
+    _core.use(import_module(f"bn_c._kernels_{isa}").table, last_level_cache() if caches is None else caches)
 
 
 isa = choose(os.environ.get("BN_C_MAX_ISA"))

@@ -706,7 +706,7 @@ cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, 
     cdef const float *scale = k.scale
     cdef const float *shift = k.shift
     cdef Steps element = channel_steps(job)
-    cdef Py_ssize_t columns = channels * times, few = rows_of_lines(columns), i
+    cdef Py_ssize_t columns = channels * times, few = rows_of_lines(columns), i, _row
     cdef Py_ssize_t period = PATTERN // (few * columns) * few * columns
     cdef Walk walk = walk_of(job, 1, element, inner_steps(job), columns, columns, False)
     cdef bint joined = rows_join(&walk, columns)
@@ -718,7 +718,7 @@ cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, 
         walk = walk_of(job, 1, element, inner_steps(job), columns, few * columns, False)
     if repeated or times > 1:
         pattern.n = 0
-        for i in range(2 * period // columns if repeated else 1):
+        for _row in range(2 * period // columns if repeated else 1):
             repeat(&pattern, k, first, channels, times)
         center = pattern.center
         scale = pattern.scale

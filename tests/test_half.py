@@ -3,14 +3,11 @@
 With mean 0, variance 1 and eps 0, y = (x - 0) * 1 + 0 is x itself, but for -0, to which adding 0 gives +0.
 """
 
-import importlib
-
 import numpy as np
 import pytest
 from oracle import bits, values
 
 import bn_c
-from bn_c import _core
 
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 
@@ -74,13 +71,11 @@ def test_halves_at_every_alignment_and_length_of_tail(isa, start):
         assert_passed_through(x, passed_through(cast(x, "f4"), "f2"), "f2")
 
 
-@pytest.mark.parametrize("caches", [0, 1 << 40], ids=["streamed", "in caches"])
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("added", [False, True])
-def test_rows_of_halves_of_every_length(isa, caches, axis, activation, added, rng):
+def test_rows_of_halves_of_every_length(caches, axis, activation, added, rng):
     """As the floats they are: joined, apart, and in place of what is read, where rows end within a vector."""
-    _core.use(importlib.import_module(f"bn_c._kernels_{isa}").table, caches)
     for columns in [*range(1, 70), 257, 263, 288, 1001]:
         shape = (3, 5, columns)
         x, residual = values(rng, shape, "f2"), values(rng, shape, "f2") if added else None

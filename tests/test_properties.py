@@ -248,8 +248,8 @@ def is_refused(case, name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@given(case=cases(), isa=st.sampled_from(bn_c.supported_isas()))
-def test_the_result_of_the_oracle_or_an_error(name, case, isa):
+@given(case=cases(), isa=st.sampled_from(bn_c.supported_isas()), caches=st.sampled_from([None, 0]))
+def test_the_result_of_the_oracle_or_an_error(name, case, isa, caches):
     """Nothing but out is written, and on an error not even that."""
     prepared(case)
     x, residual = (None if a is None else a.copy() for a in (case.x, case.residual))
@@ -257,7 +257,7 @@ def test_the_result_of_the_oracle_or_an_error(name, case, isa):
     if name == "training":
         case.layer.train()
     before, around = state(case), arguments(case, *out)
-    _dispatch.use(isa)
+    _dispatch.use(isa, caches)
     try:
         result = CALLS[name](case)
     except (TypeError, ValueError) as error:

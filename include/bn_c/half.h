@@ -282,9 +282,11 @@ static inline void bn_move(bn_row_of_halves *r, ptrdiff_t x, ptrdiff_t residual,
  * element of a row has its own coefficients, 0 where all have one; the next row's follow `next` behind. `far`
  * rows are asked for while the one before is done, unless they are joined.
  * Not inlined: copies for each caller made wheels too large. */
-static __attribute__((noinline, unused)) ptrdiff_t
-bn_normalize_halves(bn_row_of_halves r, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t x_row, ptrdiff_t residual_row,
-                    ptrdiff_t y_row, const int step, int next, int stream, int far)
+static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of_halves r, ptrdiff_t rows,
+                                                                       ptrdiff_t columns, ptrdiff_t x_row,
+                                                                       ptrdiff_t residual_row,
+                                                                       ptrdiff_t y_row, const int step,
+                                                                       int next, int stream, int far)
 {
 #if BN_CONVERTS_HALVES
     if (columns < BN_LANES)
