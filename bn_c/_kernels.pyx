@@ -86,6 +86,7 @@ cdef enum:
     LINE = 16           # floats of a cache line
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
+    MANY = 64           # rows from which on that is worth repeating coefficients
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
     NEXT = 8 * COLUMNS * 4  # bytes: the eight rows after those that are added
     LANES = 8           # of a sum
@@ -673,56 +674,51 @@ cdef Py_ssize_t rows_of_lines(Py_ssize_t columns) noexcept nogil:
     return rows if rows * columns <= PATTERN else 1
 
 
-cdef struct Pattern:
-    # Coefficients of the elements of a run, longer than its channels.
-    float[2 * PATTERN] center
-    float[2 * PATTERN] scale
-    float[2 * PATTERN] shift
-    Py_ssize_t n
-
-
-cdef void repeat(
-    Pattern *pattern, const Coefficients *k, Py_ssize_t first, Py_ssize_t channels, Py_ssize_t times,
-) noexcept nogil:
-    """Appends each channel's coefficients that many times."""
-    cdef Py_ssize_t c, _i
-    for c in range(first, first + channels):
-        for _i in range(times):
-            pattern.center[pattern.n] = k.center[c]
-            pattern.scale[pattern.n] = k.scale[c]
-            pattern.shift[pattern.n] = k.shift[c]
-            pattern.n += 1
+cdef void repeat(const float *coefficients, Py_ssize_t channels, Py_ssize_t times, apart to, Py_ssize_t n) noexcept nogil:
+    """Each channel's that many times, then all of these again until they are n."""
+    cdef Py_ssize_t done = channels * times, c, i
+    if times == 1:
+        memcpy(to, coefficients, channels * sizeof(float))
+    else:
+        for c in range(channels):
+            for i in range(times):
+                to[c * times + i] = coefficients[c]
+    while done < n:
+        memcpy(to + done, to, min(done, n - done) * sizeof(float))
+        done *= 2
 
 
 cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, Py_ssize_t times) noexcept nogil:
     """Rows of these channels, with so many elements of each.
 
-    The coefficients of short rows are repeated, for loops that are longer than one row. Halves do not need it where
-    their rows do not make whole lines: then less of L1 counts for more.
+    The coefficients of many short rows are repeated, for loops that are longer than one row. Halves do not need it
+    where their rows do not make whole lines: then less of L1 counts for more.
     """
-    cdef Pattern pattern
+    cdef float[6 * PATTERN + LINE] storage
+    cdef float *pattern = whole_lines(storage)
     cdef const Coefficients *k = &job.coefficients
     cdef const float *center = k.center
     cdef const float *scale = k.scale
     cdef const float *shift = k.shift
     cdef Steps element = channel_steps(job)
-    cdef Py_ssize_t columns = channels * times, few = rows_of_lines(columns), i, _row
+    cdef Py_ssize_t columns = channels * times, few = rows_of_lines(columns), needed, i
     cdef Py_ssize_t period = PATTERN // (few * columns) * few * columns
     cdef Walk walk = walk_of(job, 1, element, inner_steps(job), columns, columns, False)
     cdef bint joined = rows_join(&walk, columns)
     cdef bint long_enough = walk.halves and columns >= 4 * LINE and few * columns % (4 * LINE) > 0
-    cdef bint repeated = period > columns and job.inner >= 4 and not k.wide and (
+    cdef bint repeated = period > columns and job.inner >= 4 and job.outer * job.inner >= MANY and not k.wide and (
         columns < FEW or (joined and not long_enough))
     cdef Place at
     if repeated:
         walk = walk_of(job, 1, element, inner_steps(job), columns, few * columns, False)
     if repeated or times > 1:
-        pattern.n = 0
-        for _row in range(2 * period // columns if repeated else 1):
-            repeat(&pattern, k, first, channels, times)
-        center = pattern.center
-        scale = pattern.scale
-        shift = pattern.shift
+        needed = min(2 * period, job.inner * columns) if repeated else columns
+        repeat(center + first, channels, times, pattern, needed)
+        repeat(scale + first, channels, times, pattern + 2 * PATTERN, needed)
+        repeat(shift + first, channels, times, pattern + 4 * PATTERN, needed)
+        center = pattern
+        scale = pattern + 2 * PATTERN
+        shift = pattern + 4 * PATTERN
     for i in range(job.outer):
         at = outer_place(job, i)
         move(&at, &element, first * times)
