@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from bn_c._checks import Activation
 
 Doubles = NDArray[np.float64]
+Floats = NDArray[np.float32]
 
 c_api: object
 max_channels: int
@@ -82,6 +83,9 @@ class Folded:
     def __init__(self, channels: int, gamma: Any = None, beta: Any = None) -> None: ...
     def fold(self, mean: Any, var: Any, eps: float) -> Folded: ...
     def statistics(self) -> tuple[int, Doubles, Doubles]: ...
+    def running(
+        self, running_mean: Floats, running_var: Floats, weight: float, unbiased: bool
+    ) -> dict[str, Floats]: ...
 
 class Layer:
     _ready: Folded | None

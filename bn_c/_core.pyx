@@ -494,6 +494,27 @@ cdef class Folded:
         """Of the mini-batch that was normalised: elements per channel, mean, sum of squared deviations."""
         return self.count, self.copy_of(MEAN), self.copy_of(VAR)
 
+    cdef object moved(self, running, const double *batch, double divisor, double weight):
+        """(1 - weight) * running + weight * batch / divisor, in double, as a read-only float32 array."""
+        cdef const float[::1] old = running
+        result = np.empty(self.channels, float32)
+        cdef float[::1] new = result
+        cdef Py_ssize_t c
+        cdef bn_fp_state state
+        bn_fp_enter(&state)
+        for c in range(self.channels):
+            new[c] = <float> ((1 - weight) * old[c] + weight * (batch[c] / divisor))
+        bn_fp_leave(&state)
+        result.flags.writeable = False
+        return result
+
+    def running(self, running_mean, running_var, double weight, bint unbiased):
+        """Running statistics with that much of the mini-batch's; one element per channel has no variance."""
+        cdef Py_ssize_t divisor = self.count - unbiased
+        if self.count > 1:
+            running_var = self.moved(running_var, self.row(VAR), divisor, weight)
+        return {"running_mean": self.moved(running_mean, self.row(MEAN), 1, weight), "running_var": running_var}
+
 
 cdef dict activation_kinds = {
     "identity": IDENTITY, "clip": CLIP, "leaky_relu": LEAKY_RELU, "hard_swish": HARD_SWISH,
@@ -1033,7 +1054,7 @@ def merge(
 
 
 cdef class Layer:
-    """What a layer is between two calls with the same parameters: ready for x and out.
+    """What a layer is between two calls with the same parameters: ready for x, residual and out.
 
     `_forward` of the subclass takes every other call; it folds the parameters, and `_keep` takes the result for
     the calls to come, unless the layer has got another `_version` since.
@@ -1042,7 +1063,7 @@ cdef class Layer:
     cdef public object _version
 
     def _keep(self, Folded folded, version, activation, Py_ssize_t axis, int threads):
-        """From now on, calls with just x and out normalise with `folded`; 0 threads are the default's."""
+        """From now on, calls with just x, residual and out normalise with `folded`; 0 threads are the default's."""
         folded.activation = as_activation(activation)
         folded.axis = axis
         folded.threads = threads
@@ -1051,10 +1072,11 @@ cdef class Layer:
 
     def __call__(self, x, *, residual=None, mask=None, dtype=None, out=None):
         cdef Folded folded = self._ready
-        if folded is None or type(x) is not ndarray or residual is not None or mask is not None \
-                or dtype is not None or (out is not None and type(out) is not ndarray):
+        if folded is None or type(x) is not ndarray or mask is not None or dtype is not None \
+                or (residual is not None and type(residual) is not ndarray) \
+                or (out is not None and type(out) is not ndarray):
             return self._forward(x, residual, mask, dtype, out)
-        return forward(x, folded, &folded.activation, folded.axis, None, None, out, folded.threads, 0, False, None, 0)
+        return forward(x, folded, &folded.activation, folded.axis, residual, None, out, folded.threads, 0, False, None, 0)
 
 
 # ---- pictures ---------------------------------------------------------------------------------------

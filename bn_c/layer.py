@@ -246,7 +246,7 @@ class BatchNorm(_core.Layer):
         return self.train(False)
 
     def _forward(self, x: Any, residual: Any, mask: Any, dtype: Any, out: Any) -> NDArray[Any]:
-        """Any call that is not just x and out with statistics already folded."""
+        """Any call that is not just x, residual and out with statistics already folded."""
         x = _checks.array("x", x)
         mask, counted = _checks.mask(mask, x, self._axis)
         version = self._version
@@ -286,20 +286,14 @@ class BatchNorm(_core.Layer):
         folded = self._parameters(self._arrays.copy())
         y = _core.normalize_batch(x, folded, self._eps, mask, counted, *options)
         if self._training and "running_mean" in self._arrays:
-            self._track(BatchStats.of(*folded.statistics()))
+            self._track(folded)
         return y
 
-    def _track(self, batch: BatchStats) -> None:
+    def _track(self, batch: _core.Folded) -> None:
         seen = self._num_batches_tracked + 1
         weight = 1 / seen if self._momentum is None else self._momentum
-        running_mean, running_var = self._arrays["running_mean"], self._arrays["running_var"]
-        with np.errstate(all="ignore"):  # y is written by now: nothing may raise
-            update = {"running_mean": (1 - weight) * running_mean.astype(np.float64) + weight * batch.mean}
-            if batch.count > 1:
-                var = batch.unbiased_var if self._unbiased_running_var else batch.var
-                update["running_var"] = (1 - weight) * running_var.astype(np.float64) + weight * var
-            arrays = self._checked(update)
-        self._take(arrays)
+        running = self._arrays["running_mean"], self._arrays["running_var"]
+        self._take(batch.running(*running, weight, self._unbiased_running_var))
         self._num_batches_tracked = seen
 
     def adapt(self, x: Any, prior: float = 16) -> BatchNorm:

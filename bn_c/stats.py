@@ -50,7 +50,7 @@ class BatchStats:
     @classmethod
     def of(cls, count: int, mean: Doubles, m2: Doubles) -> BatchStats:
         """The statistics of `count` elements per channel; `m2` is the sum of squared deviations."""
-        return cls(0)._set(count, mean, np.zeros_like(mean), m2)
+        return cls.__new__(cls)._set(count, mean, np.zeros_like(mean), m2)
 
     def _set(self, count: int, mean: Doubles, rest: Doubles, m2: Doubles) -> BatchStats:
         self._count, self._mean, self._rest, self._m2 = count, mean, rest, m2
@@ -170,4 +170,4 @@ class BatchStats:
             raise ValueError(f"m2: expected sums of squares, got {m2.min()}")
         if count == 0 and np.any([mean, rest, m2]):
             raise ValueError("count: expected one above 0, as there are a mean and m2, got 0")
-        return cls(0)._set(count, mean, rest, m2)
+        return cls.__new__(cls)._set(count, mean, rest, m2)

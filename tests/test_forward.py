@@ -226,6 +226,12 @@ def test_new_output_has_the_memory_order_of_x(batch, order, dtype, rng):
     assert y.transpose(order).flags.c_contiguous
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("over", [-1, 0, 1, 1 << 20])
+def test_new_output_of_huge_pages(batch, over, dtype, rng):
+    check(values(rng, (1, 1, (2 << 20) // np.dtype(dtype).itemsize + over), dtype), batch=batch)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_in_place(isa, batch, layout, dtype, rng):
