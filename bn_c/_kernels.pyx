@@ -80,6 +80,14 @@ ctypedef fused loaded:
     float
     uint16_t            # a half
 
+ctypedef fused given:
+    float
+    double
+
+ctypedef fused repeated_as:
+    float
+    double
+
 cdef enum:
     CHUNK = 512         # elements that pass through a buffer at a time: the best of 64 .. 1024
     PAGE = 1024         # floats of a page
@@ -240,6 +248,23 @@ cdef void store(
     else:
         bn_halves_from_floats(source, halves, rows * columns)
         store_numbers(<const uint16_t *> &halves[0], to, row_stride, stride, rows, columns, job.stream)
+
+
+cdef void repeat(
+    const given *values, Py_ssize_t channels, Py_ssize_t times, repeated_as *to, Py_ssize_t n,
+) noexcept nogil:
+    """Each channel's value that many times, then all of these again until they are n."""
+    cdef Py_ssize_t done = channels * times, c, i
+    if times == 1:
+        for c in range(channels):
+            to[c] = <repeated_as> values[c]
+    else:
+        for c in range(channels):
+            for i in range(times):
+                to[c * times + i] = <repeated_as> values[c]
+    while done < n:
+        memcpy(to + done, to, min(done, n - done) * sizeof(repeated_as))
+        done *= 2
 
 
 # ---- y = activation((x - center) * scale + shift + residual) ----------------------------------------
@@ -674,20 +699,6 @@ cdef Py_ssize_t rows_of_lines(Py_ssize_t columns) noexcept nogil:
     return rows if rows * columns <= PATTERN else 1
 
 
-cdef void repeat(const float *coefficients, Py_ssize_t channels, Py_ssize_t times, apart to, Py_ssize_t n) noexcept nogil:
-    """Each channel's that many times, then all of these again until they are n."""
-    cdef Py_ssize_t done = channels * times, c, i
-    if times == 1:
-        memcpy(to, coefficients, channels * sizeof(float))
-    else:
-        for c in range(channels):
-            for i in range(times):
-                to[c * times + i] = coefficients[c]
-    while done < n:
-        memcpy(to + done, to, min(done, n - done) * sizeof(float))
-        done *= 2
-
-
 cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, Py_ssize_t times) noexcept nogil:
     """Rows of these channels, with so many elements of each.
 
@@ -985,29 +996,16 @@ cdef double wide_m2_of(double deviations, double squares, double n, double cente
     return squares - shifted if squares > shifted else (0 if squares == squares else squares)
 
 
-cdef inline void fill(Centers *centers, const double *center, Py_ssize_t channels, Py_ssize_t width) noexcept nogil:
-    cdef Py_ssize_t c, i
-    for c in range(channels):
-        for i in range(width):
-            centers.exact[c * width + i] = center[c]
-            centers.rounded[c * width + i] = <float> center[c]
-
-
 cdef void begin(const View *view, Sum kind, const double *center, Centers *centers, Sums *sums) noexcept nogil:
     """Each channel's center to all of its columns, whose sums are 0."""
-    cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row, i
+    cdef Py_ssize_t columns = view.channels * view.width * view.per_row
     memset(sums.deviations, 0, columns * sizeof(double))
     if kind != DEVIATIONS:
         memset(sums.squares, 0, columns * sizeof(double))
-    if view.channels == 1:
-        fill(centers, center, 1, columns)
-    elif view.width == 1:
-        fill(centers, center, view.channels, 1)
+    if kind == WIDE:
+        repeat(center, view.channels, view.width, centers.exact, columns)
     else:
-        fill(centers, center, view.channels, view.width)
-    for i in range(numbers, columns if view.channels > 1 else 0):
-        centers.exact[i] = centers.exact[i - numbers]
-        centers.rounded[i] = centers.rounded[i - numbers]
+        repeat(center, view.channels, view.width, centers.rounded, columns)
 
 
 cdef double total(const double *values, Py_ssize_t n) noexcept nogil:

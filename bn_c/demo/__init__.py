@@ -59,13 +59,13 @@ def _relu(y: Array) -> Array:
 class Network:
     """The trained network: three times convolution, batch norm and ReLU, then one linear layer.
 
-    ``state`` holds the weights under their PyTorch ``state_dict`` names.
+    ``state`` holds the weights, of any float dtype, under their PyTorch ``state_dict`` names.
     """
 
     def __init__(self, state: Mapping[str, NDArray[Any]]) -> None:
-        self.convs = [state[f"conv{i}.weight"] for i in (1, 2, 3)]
+        self.convs = [state[f"conv{i}.weight"].astype(np.float32) for i in (1, 2, 3)]
         self.norms = [BatchNorm.from_torch(state, prefix=f"bn{i}.", activation="relu") for i in (1, 2, 3)]
-        self.fc_weight, self.fc_bias = state["fc.weight"], state["fc.bias"]
+        self.fc_weight, self.fc_bias = state["fc.weight"].astype(np.float32), state["fc.bias"]
 
     def __call__(self, images: Array, normalize: Normalize = running_statistics) -> Array:
         """Return the scores, (batch, 10), of ``images``, (batch, 1, 8, 8)."""
