@@ -573,7 +573,7 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         take_channels(&unit, start, stop)
         take_channels(&statistics, start, stop)
         kernels.moments(&statistics, unit.coefficients.mean, work.m2 + start)
-        unit.far = False                    # it was
+        unit.far = False                    # the statistics have just read it
         fold_moments(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
         kernels.normalize(&unit)
         start = stop

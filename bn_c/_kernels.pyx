@@ -483,7 +483,7 @@ cdef struct Walk:
     int step                        # 1: an element after the other is of the next channel, 0: of the same
     Steps element
     Steps row
-    bint halves                     # all are halves, one after the other, with nothing that only floats can
+    bint halves
     bint far                        # x comes from memory, and all of its lines count
     bint short_rows                 # those of y: a page at most
     bint whole_lines                # those of y
@@ -516,6 +516,13 @@ cdef Rows joined_rows(Py_ssize_t columns, int stride, bint next_channel) noexcep
     return rows
 
 
+cdef bint are_halves(const Job *job, const Steps *element) noexcept nogil:
+    """Whether all are halves, one after the other, with nothing that only floats can."""
+    return job.x.type == FLOAT16 and job.out.type == FLOAT16 and element.x == 2 and element.out == 2 \
+        and (job.residual.data == NULL or (job.residual.type == FLOAT16 and element.residual == 2)) \
+        and job.activation.kind <= CLIP and not job.coefficients.wide and BN_CONVERTS_HALVES
+
+
 cdef Walk walk_of(
     const Job *job, int step, Steps element, Steps row, Py_ssize_t columns, Py_ssize_t period, bint next_channel,
 ) noexcept nogil:
@@ -533,9 +540,7 @@ cdef Walk walk_of(
     walk.far = job.far and 0 < element.x <= 8
     walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
     walk.whole_lines = columns * element.out % (4 * LINE) == 0
-    walk.halves = job.x.type == FLOAT16 and job.out.type == FLOAT16 and walk.element.x == 2 and walk.element.out == 2 \
-        and (job.residual.data == NULL or (job.residual.type == FLOAT16 and walk.element.residual == 2)) \
-        and job.activation.kind <= CLIP and not job.coefficients.wide and BN_CONVERTS_HALVES
+    walk.halves = are_halves(job, &element)
     # Every second float of a plane is taken as it lies: through a buffer it is half as fast.
     stride = 2 if job.x.type == FLOAT32 and walk.element.x == 8 and step == 0 and columns >= FEW \
         and job.residual.data == NULL and not job.coefficients.wide else 1
@@ -685,10 +690,9 @@ cdef inline bint planes_join(const Operand *operand, Py_ssize_t inner) noexcept 
     return operand.data == NULL or operand.channel == inner * operand.inner
 
 
-cdef inline bint rows_join(const Walk *walk, Py_ssize_t columns) noexcept nogil:
+cdef inline bint rows_join(const Steps *element, const Steps *row, Py_ssize_t columns) noexcept nogil:
     """Whether each row begins where the one before ends."""
-    return walk.row.x == columns * walk.element.x and walk.row.residual == columns * walk.element.residual \
-        and walk.row.out == columns * walk.element.out
+    return row.x == columns * element.x and row.residual == columns * element.residual and row.out == columns * element.out
 
 
 cdef Py_ssize_t rows_of_lines(Py_ssize_t columns) noexcept nogil:
@@ -711,17 +715,15 @@ cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, 
     cdef const float *center = k.center
     cdef const float *scale = k.scale
     cdef const float *shift = k.shift
-    cdef Steps element = channel_steps(job)
+    cdef Steps element = channel_steps(job), row = inner_steps(job)
     cdef Py_ssize_t columns = channels * times, few = rows_of_lines(columns), needed, i
     cdef Py_ssize_t period = PATTERN // (few * columns) * few * columns
-    cdef Walk walk = walk_of(job, 1, element, inner_steps(job), columns, columns, False)
-    cdef bint joined = rows_join(&walk, columns)
-    cdef bint long_enough = walk.halves and columns >= 4 * LINE and few * columns % (4 * LINE) > 0
+    cdef bint joined = rows_join(&element, &row, columns)
+    cdef bint long_enough = are_halves(job, &element) and columns >= 4 * LINE and few * columns % (4 * LINE) > 0
     cdef bint repeated = period > columns and job.inner >= 4 and job.outer * job.inner >= MANY and not k.wide and (
         columns < FEW or (joined and not long_enough))
+    cdef Walk walk = walk_of(job, 1, element, row, columns, few * columns if repeated else columns, False)
     cdef Place at
-    if repeated:
-        walk = walk_of(job, 1, element, inner_steps(job), columns, few * columns, False)
     if repeated or times > 1:
         needed = min(2 * period, job.inner * columns) if repeated else columns
         repeat(center + first, channels, times, pattern, needed)

@@ -48,6 +48,8 @@ typedef struct {
     } of[4]; /* each four elements of y */
 } bn_pixels;
 
+/* BN_STEP: pixels that are done at a time; BN_AHEAD: bytes of y that are asked for before they are written;
+ * BN_TYPES: whether y may be other than floats. */
 #if defined(__AVX2__)
 enum { BN_STEP = 8, BN_AHEAD = 4096, BN_TYPES = 1 };
 typedef __m256i bn_px_bytes;
