@@ -948,10 +948,10 @@ cdef inline double m2_of(double deviations, double squares, double n, double cen
     cdef double shifted = n * (off * off)
     cdef double m2 = squares - shifted if squares > shifted else 0
     # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; a center far from the mean cancels.
-    m2 = m2 if squares >= 1e-30 and squares <= 1e37 and shifted <= squares / 16 else NOT_A_NUMBER
+    m2 = m2 if (squares >= 1e-30) & (squares <= 1e37) & (shifted <= squares / 16) else NOT_A_NUMBER
     mean[0] = center + off
     # Any other float near such a center would have left a square.
-    return 0 if squares == 0 and fabs(center) >= 1e-14 else m2
+    return 0 if (squares == 0) & (fabs(center) >= 1e-14) else m2
 
 
 cdef inline double center_of(double mean, double value) noexcept nogil:
@@ -970,11 +970,12 @@ cdef bint found_all(const Sums *sums, double n, Py_ssize_t channels, double *cen
     """The moments of the channels whose m2 is not known yet; whether all are now. The centers become the means."""
     cdef Py_ssize_t c
     cdef double found, mean_found
-    cdef bint unsafe = False
+    cdef bint unsafe = False, unknown
     for c in range(channels):
         found = m2_of(sums.deviations[c], sums.squares[c], n, center[c], &mean_found)
-        mean[c] = mean_found if m2[c] != m2[c] else mean[c]
-        m2[c] = found if m2[c] != m2[c] else m2[c]
+        unknown = m2[c] != m2[c]
+        mean[c] = mean_found if unknown else mean[c]
+        m2[c] = found if unknown else m2[c]
     for c in range(channels):
         center[c] = <float> mean[c]
         unsafe |= m2[c] != m2[c]
