@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "minus.h"
+#include "sums.h"
 #include "stream.h"
 
 #if defined(__F16C__)

@@ -19,7 +19,7 @@
 #include <string.h>
 
 #include "bn_c.h"
-#include "minus.h"
+#include "sums.h"
 #include "stream.h"
 
 #if defined(__SSE2__)
@@ -81,7 +81,7 @@ static inline bn_px_floats bn_px_four(const float *values)
     return _mm256_broadcast_ps((const __m128 *)values);
 }
 
-/* The sum by the multipliers, which have less to do: see minus.h. */
+/* The sum by the multipliers, which have less to do: see sums.h. */
 static inline bn_px_floats bn_px_scaled(bn_px_floats x, bn_px_floats scale, bn_px_floats shift,
                                         bn_px_floats one)
 {

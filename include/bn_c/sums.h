@@ -1,0 +1,24 @@
+/* What loops that add up numbers ask of compilers and CPUs. */
+#ifndef BN_C_SUMS_H
+#define BN_C_SUMS_H
+
+/* Subtraction by the multipliers, where the adders have more to do: a * 1 - b is rounded once, so it is a -
+ * b. AMD's and newer of Intel's CPUs have as many of the ones as of the others.
+ * The 1 is not known to the compiler, or it would subtract. */
+static const volatile float BN_ONE = 1;
+
+#if defined(__FMA__)
+#define bn_minus(a, b, one) __builtin_fmaf(a, one, -(b))
+#else
+#define bn_minus(a, b, one) ((a) - (b))
+#endif
+
+/* Of functions whose loops are limited by arithmetic: by the widest registers there are, 0.75 to 0.85 of the
+ * time. All others, which memory limits, are better off with half of them. */
+#if defined(__AVX512F__) && !defined(__clang__)
+#define BN_WIDEST __attribute__((noinline, target("prefer-vector-width=512")))
+#else
+#define BN_WIDEST
+#endif
+
+#endif
