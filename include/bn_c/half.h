@@ -11,8 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "sums.h"
 #include "stream.h"
+#include "sums.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>

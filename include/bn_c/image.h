@@ -19,8 +19,8 @@
 #include <string.h>
 
 #include "bn_c.h"
-#include "sums.h"
 #include "stream.h"
+#include "sums.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
