@@ -994,12 +994,12 @@ cdef bint found_all(const Sums *sums, double n, Py_ssize_t channels, double *cen
 
 
 cdef void begin_at(
-    const Sums *sums, double n, Py_ssize_t channels, const float *values, Py_ssize_t width, double *center,
+    const Sums *sums, double n, Py_ssize_t channels, const float *values, double *center,
 ) noexcept nogil:
     """The centers, from sums of a sample and the first value of each channel."""
     cdef Py_ssize_t c
     for c in range(channels):
-        center[c] = center_of(sums.deviations[c] / n, values[c * width])
+        center[c] = center_of(sums.deviations[c] / n, values[c])
 
 
 cdef double wide_m2_of(double deviations, double squares, double n, double center, double *mean) noexcept nogil:
@@ -1172,7 +1172,7 @@ cdef View sample_of(const View *view) noexcept nogil:
     sample.far = False
     if view.outer * view.inner * view.width <= WHOLE:
         return sample
-    cdef Py_ssize_t most = ROW_SAMPLE if view.channels > 1 and view.width == 1 else PLANE_SAMPLE
+    cdef Py_ssize_t most = ROW_SAMPLE if view.channels > 1 else PLANE_SAMPLE
     if view.outer_ndim > 0:
         sample.first = thinned(view.first, 8, &sample.x.first, &sample.mask.first)
         sample.outer = view.outer // view.first * sample.first
@@ -1200,13 +1200,10 @@ cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcep
         sample = sample_of(view)
         n = add_all(&sample, DEVIATIONS, center, &sums)
         if view.mask.data == NULL:
-            load(view.type, view.x.data, view.x.inner, view.number, values, 1, view.channels * view.width)
+            load(view.type, view.x.data, view.x.inner, view.number * view.width, values, 1, view.channels)
         else:
-            memset(values, 0, view.channels * view.width * sizeof(float))
-        if view.width == 1:
-            begin_at(&sums, n, view.channels, values, 1, center)
-        else:
-            begin_at(&sums, n, view.channels, values, view.width, center)
+            memset(values, 0, view.channels * sizeof(float))
+        begin_at(&sums, n, view.channels, values, center)
         for _attempt in range(2):
             n = add_all(view, SQUARES, center, &sums)
             if n == 0 or found_all(&sums, n, view.channels, center, mean, m2):
