@@ -56,6 +56,7 @@ cdef extern from "bn_c/half.h" nogil:
 
 cdef extern from "bn_c/sums.h" nogil:
     ctypedef void widest "BN_WIDEST void"
+    ctypedef void inlined "BN_INLINED void"
     float BN_ONE
     float bn_minus(float a, float b, float one)
 
@@ -859,10 +860,12 @@ cdef inline bint is_float(int type) noexcept nogil:
     return type == FLOAT32 or type == FLOAT16
 
 
-cdef inline void add_block(
+cdef inline inlined add_block(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
-    double *deviations, double *squares, bint squared, Py_ssize_t ahead,
+    Sums *sums, bint squared, Py_ssize_t ahead,
 ) noexcept nogil:
+    cdef double *deviations = sums.deviations
+    cdef double *squares = sums.squares
     cdef Py_ssize_t row, c
     cdef const float *a
     cdef const float *b
@@ -918,37 +921,32 @@ cdef inline void add_block_wide(
             sums.squares[c] += d * d
 
 
-cdef inline void add_columns(
-    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
-    bint squared, Py_ssize_t ahead,
-) noexcept nogil:
-    """Adds a block of any size; bits depend on its rows being added eight at a time, not on how it is cut."""
-    # The sums of a plane stay in registers. To cut wider rows into such strips is slower: memory wants whole lines in order.
-    if columns == COLUMNS:
-        add_block(x, stride, rows, COLUMNS, centers.rounded, sums.deviations, sums.squares, squared, ahead)
-    else:
-        add_block(x, stride, rows, columns, centers.rounded, sums.deviations, sums.squares, squared, ahead)
-
-
 cdef widest add_squares(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
     Py_ssize_t ahead,
 ) noexcept nogil:
-    add_columns(x, stride, rows, columns, centers, sums, True, ahead)
+    # The sums of a plane stay in registers. To cut wider rows into such strips is slower: memory wants whole lines in order.
+    if columns == COLUMNS:
+        add_block(x, stride, rows, COLUMNS, centers.rounded, sums, True, ahead)
+    else:
+        add_block(x, stride, rows, columns, centers.rounded, sums, True, ahead)
 
 
 cdef void add(
     Sum kind, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
     Py_ssize_t ahead,
 ) noexcept nogil:
-    """`ahead` is from what is added to what is asked for meanwhile, in bytes; 0: nothing."""
+    """Adds a block of any size; bits depend on its rows being added eight at a time, not on how it is cut.
+
+    `ahead` is from what is added to what is asked for meanwhile, in bytes; 0: nothing.
+    """
     if kind == WIDE:
         add_block_wide(x, stride, rows, columns, centers.exact, sums)
     elif kind == DEVIATIONS:
-        add_columns(x, stride, rows, columns, centers, sums, False, 0)
+        add_block(x, stride, rows, columns, centers.rounded, sums, False, 0)
     elif columns == COLUMNS and ahead != 0 and ahead != NEXT:
         # From memory the widest registers are 1.05 to 1.15 x slower.
-        add_block(x, stride, rows, COLUMNS, centers.rounded, sums.deviations, sums.squares, True, ahead)
+        add_block(x, stride, rows, COLUMNS, centers.rounded, sums, True, ahead)
     else:
         add_squares(x, stride, rows, columns, centers, sums, ahead)
 

@@ -21,4 +21,7 @@ static const volatile float BN_ONE = 1;
 #define BN_WIDEST
 #endif
 
+/* Of loops that are made for literal arguments: where compilers are left to choose, some are not. */
+#define BN_INLINED __attribute__((always_inline))
+
 #endif
