@@ -57,6 +57,7 @@ cdef extern from "bn_c/half.h" nogil:
 cdef extern from "bn_c/sums.h" nogil:
     ctypedef void widest "BN_WIDEST void"
     ctypedef void inlined "BN_INLINED void"
+    bint BN_WIDER
     float BN_ONE
     float bn_minus(float a, float b, float one)
 
@@ -925,7 +926,7 @@ cdef widest add_squares(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
     Py_ssize_t ahead,
 ) noexcept nogil:
-    # The sums of a plane stay in registers. To cut wider rows into such strips is slower: memory wants whole lines in order.
+    # A plane's columns are known. To cut wider rows into such strips is slower: memory wants whole lines in order.
     if columns == COLUMNS:
         add_block(x, stride, rows, COLUMNS, centers.rounded, sums, True, ahead)
     else:
@@ -944,7 +945,7 @@ cdef void add(
         add_block_wide(x, stride, rows, columns, centers.exact, sums)
     elif kind == DEVIATIONS:
         add_block(x, stride, rows, columns, centers.rounded, sums, False, 0)
-    elif columns == COLUMNS and ahead != 0 and ahead != NEXT:
+    elif BN_WIDER and columns == COLUMNS and ahead != 0 and ahead != NEXT:
         # From memory the widest registers are 1.05 to 1.15 x slower.
         add_block(x, stride, rows, COLUMNS, centers.rounded, sums, True, ahead)
     else:

@@ -13,6 +13,7 @@ from oracle import (
     LANES,
     LAYOUTS,
     assert_forward,
+    bits,
     check,
     scattered,
     values,
@@ -65,8 +66,10 @@ def test_many_short_planes(caches, batch, outer, plane, dtype, order, rng):
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("shape", [(1, 3, 401, 403), (3, 40, 61, 67), (1, 1, 1000, 1001), (700, 7, 127)])
-def test_more_than_one_cache_of_planes(isa, batch, shape, num_threads, rng):
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 401, 403), (3, 40, 61, 67), (1, 1, 1000, 1001), (700, 7, 127), (1, 40, 211, 67), (2, 17, 150, 97)]
+)
+def test_more_than_one_cache_of_planes(caches, batch, shape, num_threads, rng):
     check(values(rng, shape), batch=batch, num_threads=num_threads, **parameters(rng, shape[1]))
 
 
@@ -537,6 +540,21 @@ def test_random_case(seed, batch):
 
 
 # ---- size and memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 40, 211, 67), (2, 17, 150, 97), (9, 33, 14, 14), (70, 20, 7, 7), (3000, 61)])
+def test_bits_do_not_depend_on_the_caches(isa, batch, shape, dtype, fused, rng):
+    """Whether all are held by caches, or together are too large for them, or out alone is."""
+    x, residual = (values(rng, shape, dtype) for _ in range(2))
+    options = {"residual": residual if fused else None, **parameters(rng, shape[1])}
+    found = set()
+    for caches in (None, 2 * x.nbytes, 0):
+        _dispatch.use(isa, caches)
+        y = bn_c.batch_norm(x, **options) if batch else bn_c.batch_norm_inference(x, *np.ones((2, shape[1])), **options)
+        found.add(bits(y))
+    assert len(found) == 1
 
 
 @pytest.mark.slow

@@ -16,8 +16,10 @@ static const volatile float BN_ONE = 1;
 /* Of functions whose loops are limited by arithmetic: by the widest registers there are, 0.75 to 0.85 of the
  * time. All others, which memory limits, are better off with half of them. */
 #if defined(__AVX512F__) && !defined(__clang__)
+#define BN_WIDER 1
 #define BN_WIDEST __attribute__((noinline, target("prefer-vector-width=512")))
 #else
+#define BN_WIDER 0
 #define BN_WIDEST
 #endif
 
