@@ -47,7 +47,7 @@ def last_level_cache() -> int:
 def use(isa: str, caches: int | None = None) -> None:
     """Loads the kernels of a supported instruction set and makes them those that every call runs.
 
-    Arrays of more bytes than `caches`, the last level's by default, are taken to be in memory.
+    What is larger than `caches`, in bytes, the last level's by default, is taken to be in memory.
     """
     _core.use(import_module(f"bn_c._kernels_{isa}").table, last_level_cache() if caches is None else caches)
 

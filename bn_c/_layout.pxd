@@ -43,7 +43,7 @@ cdef struct Coefficients:
 cdef struct Job:
     bint channels_last
     bint stream                     # write past the caches: out is larger than they are
-    bint far                        # x comes from memory: it is larger than the caches
+    bint far                        # x comes from memory: what the call touches is larger than the caches
     Py_ssize_t channels
     Py_ssize_t inner
     Py_ssize_t outer
