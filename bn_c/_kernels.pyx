@@ -104,9 +104,10 @@ cdef enum:
     WIDEST = 512        # columns whose sums are taken at once: with eight rows they fit the smallest L1
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
-    WHOLE = 2048        # elements of a channel up to which all are the sample: their mean is exact where data are
+    WHOLE = 2048        # elements of a plane up to which all are the sample: their mean is exact where data are
     PLANE_SAMPLE = 96   # elements that the center of a channel is guessed from: 1 in 70 is taken twice
     ROW_SAMPLE = 256    # the same where one channel makes all be taken twice: 1 in 10 000
+    FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
 
 cdef enum Sum:
     DEVIATIONS      # float, their squares left out
@@ -1168,10 +1169,13 @@ cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t most, Py_ssize_t *x
 cdef View sample_of(const View *view) noexcept nogil:
     """Some elements of each channel, from all over it."""
     cdef View sample = view[0]
+    cdef Py_ssize_t n = view.outer * view.inner * view.width
+    cdef Py_ssize_t most = PLANE_SAMPLE
     sample.far = False
-    if view.outer * view.inner * view.width <= WHOLE:
+    if n <= (WHOLE if view.channels == 1 else FEW_ROWS):
         return sample
-    cdef Py_ssize_t most = ROW_SAMPLE if view.channels > 1 else PLANE_SAMPLE
+    if view.channels > 1:
+        most = min(<Py_ssize_t> ROW_SAMPLE, max(<Py_ssize_t> FEW_ROWS, n // 2))
     if view.outer_ndim > 0:
         sample.first = thinned(view.first, 8, &sample.x.first, &sample.mask.first)
         sample.outer = view.outer // view.first * sample.first
