@@ -754,7 +754,9 @@ cdef void normalize_short_planes(const Job *job) noexcept nogil:
     """Planes that follow each other: as many as a pattern holds are a row, like channels that are last."""
     cdef Job turned = job[0]
     cdef int last = job.outer_ndim - 1
-    cdef Py_ssize_t most = 2 * PATTERN // job.inner // (2 * LINE) * 2 * LINE, first = 0
+    cdef Py_ssize_t most = 2 * PATTERN // job.inner, first = 0
+    if most > 2 * LINE:
+        most = most // (2 * LINE) * (2 * LINE)
     turned.outer_ndim = last
     turned.inner = job.outer_shape[last]
     turned.outer = job.outer // turned.inner
@@ -803,14 +805,20 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
         position += inside
 
 
+cdef inline Py_ssize_t short_plane(const Job *job) noexcept nogil:
+    """The elements from which on a plane is a row of its own. Rows of halves are slower to begin, and in caches to end
+    within a vector: 7 x 7 planes of 8 images and more take 0.8 to 0.95 of the time as parts of rows."""
+    if job.x.type != FLOAT16:
+        return FEW
+    return 4 * FEW if job.inner % LANES != 0 and job.outer >= 8 and not job.far and not job.stream else 2 * FEW
+
+
 cdef void normalize(const Job *job) noexcept nogil:
     cdef bint joined = planes_join(&job.x, job.inner) and planes_join(&job.out, job.inner) \
         and planes_join(&job.residual, job.inner)
-    # Loops over rows of halves are slower to begin.
-    cdef Py_ssize_t short_plane = 2 * FEW if job.x.type == FLOAT16 else FEW
     if job.channels_last:
         normalize_rows(job, 0, job.channels, 1)
-    elif joined and job.inner < short_plane and job.outer >= 4 and not job.coefficients.wide:
+    elif joined and job.inner < short_plane(job) and job.outer >= 4 and not job.coefficients.wide:
         normalize_short_planes(job)
     else:
         normalize_planes(job)
