@@ -1106,7 +1106,7 @@ cdef Py_ssize_t add_all(
 ) noexcept nogil:
     """The sums of each channel about its center, and how many elements of it there are."""
     cdef Centers centers
-    cdef float[2 * WIDEST + LINE] center_storage
+    cdef double[WIDEST + LINE] center_storage
     cdef float[BLOCK + LINE] storage
     cdef float *buffer = whole_lines(storage)
     cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row
@@ -1119,7 +1119,7 @@ cdef Py_ssize_t add_all(
     cdef Py_ssize_t position, left, some, filled = 0, n = 0, rows, ahead, far
     cdef const char *x
     cdef const char *mask = NULL
-    centers.rounded = whole_lines(center_storage)
+    centers.exact = <double *> whole_lines(<float *> center_storage)
     begin(view, kind, center, &centers, sums)
     for position in range(view.outer):
         x = view.x.data + place(view, &view.x, position)
@@ -1196,13 +1196,13 @@ cdef View sample_of(const View *view) noexcept nogil:
 
 cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcept nogil:
     cdef Sums sums
-    cdef float[4 * WIDEST + LINE] storage
+    cdef double[2 * WIDEST + LINE] storage
     cdef double[WIDEST] center
     cdef float[WIDEST] values
     cdef View sample
     cdef Py_ssize_t c, n
     cdef int _attempt
-    sums.deviations = <double *> whole_lines(storage)
+    sums.deviations = <double *> whole_lines(<float *> storage)
     sums.squares = sums.deviations + WIDEST
     for c in range(view.channels):
         center[c] = mean[c] = 0
