@@ -51,8 +51,8 @@ cdef extern from "bn_c/half.h" nogil:
     Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
-        const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
-        double *deviations, double *squares, Py_ssize_t ahead)
+        const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t width, const float *center,
+        double *deviations, double *squares, Py_ssize_t kept, Py_ssize_t ahead)
 
 cdef extern from "bn_c/sums.h" nogil:
     ctypedef void widest "BN_WIDEST void"
@@ -104,9 +104,9 @@ cdef enum:
     WIDEST = 512        # columns whose sums are taken at once: with eight rows they fit the smallest L1
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
-    WHOLE = 2048        # elements of a plane up to which all are the sample: their mean is exact where data are
-    PLANE_SAMPLE = 96   # elements that the center of a channel is guessed from: 1 in 70 is taken twice
-    ROW_SAMPLE = 256    # the same where one channel makes all be taken twice: 1 in 10 000
+    PLANE = 8 * 32      # elements of a plane that are eight rows of COLUMNS; what is left joins that of other planes
+    GROUP = 1 << 18     # bytes of channels that are read together, so that what is sampled is in L2 when it is added
+    ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
 
 cdef enum Sum:
@@ -843,6 +843,7 @@ cdef union Centers:
 cdef struct Positions:
     # Where the loops over the elements of a channel lead in one array.
     const char *data
+    Py_ssize_t channel              # from one to the next
     Py_ssize_t inner
     Py_ssize_t first                # of the outer dimensions
     const Py_ssize_t *outer
@@ -853,7 +854,9 @@ cdef struct View:
     # One step of the inner loop meets channels * width numbers; `per_row` steps make a row.
     int type
     Py_ssize_t channels
+    bint apart                      # each of them is a table of its own
     Py_ssize_t width
+    Py_ssize_t kept                 # sums of a channel that lie side by side; of a wider one, strips are added to them
     Py_ssize_t per_row
     Py_ssize_t number               # stride from number to number
     Py_ssize_t inner
@@ -961,6 +964,70 @@ cdef void add(
         add_squares(x, stride, rows, columns, centers, sums, ahead)
 
 
+cdef inline Sums sums_at(const Sums *sums, Py_ssize_t column) noexcept nogil:
+    return Sums(sums.deviations + column, sums.squares + column)
+
+
+cdef inline Centers centers_at(const Centers *centers, Sum kind, Py_ssize_t column) noexcept nogil:
+    cdef Centers at
+    if kind == WIDE:
+        at.exact = centers.exact + column
+    else:
+        at.rounded = centers.rounded + column
+    return at
+
+
+cdef widest add_squares_of_strips(
+    const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t channels, Py_ssize_t width, const float *center,
+    const Sums *sums,
+) noexcept nogil:
+    """Eight rows of all channels after the other, so that memory is read in order."""
+    cdef Py_ssize_t some, left, columns, c
+    cdef const float *strip
+    cdef const float *about
+    cdef Sums at
+    while rows > 0:
+        some = min(<Py_ssize_t> 8, rows)
+        strip = x
+        for c in range(channels):
+            about = center + c * COLUMNS
+            at = sums_at(sums, c * COLUMNS)
+            left = width
+            while left > 0:
+                columns = min(left, <Py_ssize_t> COLUMNS)
+                if some == 8 and columns == COLUMNS:
+                    add_block(strip, stride, 8, COLUMNS, about, &at, True, 0)
+                elif some == 8 and columns == 4:        # the end of 14 x 14
+                    add_block(strip, stride, 8, 4, about, &at, True, 0)
+                else:
+                    add_block(strip, stride, some, columns, about, &at, True, 0)
+                strip += columns
+                left -= columns
+        x += some * stride
+        rows -= some
+
+
+cdef void add_strips(
+    Sum kind, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t channels, Py_ssize_t width,
+    const Centers *centers, const Sums *sums,
+) noexcept nogil:
+    """Rows of channels that are wider than their sums."""
+    cdef Py_ssize_t c, left
+    cdef Centers about
+    cdef Sums at
+    if kind == SQUARES:
+        add_squares_of_strips(x, stride, rows, channels, width, centers.rounded, sums)
+        return
+    for c in range(channels):
+        about = centers_at(centers, kind, c * COLUMNS)
+        at = sums_at(sums, c * COLUMNS)
+        left = width
+        while left > 0:
+            add(kind, x, stride, rows, min(<Py_ssize_t> COLUMNS, left), &about, &at, 0)
+            x += min(<Py_ssize_t> COLUMNS, left)
+            left -= COLUMNS
+
+
 cdef inline double m2_of(double deviations, double squares, double n, double center, double *mean) noexcept nogil:
     """The mean and, returned, m2 of sums in float. NaN if they do not tell it. Without branches, to be vectorised."""
     cdef double off = deviations / n
@@ -1020,14 +1087,14 @@ cdef double wide_m2_of(double deviations, double squares, double n, double cente
 
 cdef void begin(const View *view, Sum kind, const double *center, Centers *centers, Sums *sums) noexcept nogil:
     """Each channel's center to all of its columns, whose sums are 0."""
-    cdef Py_ssize_t columns = view.channels * view.width * view.per_row
+    cdef Py_ssize_t columns = view.channels * view.kept * (1 if view.apart else view.per_row)
     memset(sums.deviations, 0, columns * sizeof(double))
     if kind != DEVIATIONS:
         memset(sums.squares, 0, columns * sizeof(double))
     if kind == WIDE:
-        repeat(center, view.channels, view.width, centers.exact, columns)
+        repeat(center, view.channels, view.kept, centers.exact, columns)
     else:
-        repeat(center, view.channels, view.width, centers.rounded, columns)
+        repeat(center, view.channels, view.kept, centers.rounded, columns)
 
 
 cdef double total(const double *values, Py_ssize_t n) noexcept nogil:
@@ -1046,20 +1113,30 @@ cdef double total(const double *values, Py_ssize_t n) noexcept nogil:
 
 cdef void end(const View *view, double *sums) noexcept nogil:
     """The sums of all columns of a channel at its index."""
-    cdef Py_ssize_t n = view.per_row, numbers = view.channels * view.width, c, i
-    if view.channels == 1:
-        sums[0] = total(sums, n * numbers)
-        return
+    cdef Py_ssize_t n = 1 if view.apart else view.per_row, numbers = view.channels * view.kept, c, i
     while n > 1:                                    # a power of two
         n //= 2
         for i in range(n * numbers):
             sums[i] += sums[n * numbers + i]
-    for c in range(view.channels if view.width > 1 else 0):
-        sums[c] = total(sums + c * view.width, view.width)
+    for c in range(view.channels if view.kept > 1 else 0):
+        sums[c] = total(sums + c * view.kept, view.kept)
 
 
 cdef Py_ssize_t place(const View *view, const Positions *array, Py_ssize_t position) noexcept nogil:
     return outer_offset(view.outer_ndim, view.outer_shape, array.outer, array.first, position)
+
+
+cdef inline Py_ssize_t numbers_of(const View *view) noexcept nogil:
+    """Those that a step meets in a table."""
+    return view.width if view.apart else view.channels * view.width
+
+
+cdef inline bint is_direct(const View *view) noexcept nogil:
+    """Whether rows are added as they lie, and those of a position together."""
+    cdef Py_ssize_t size = size_of_type(view.type)
+    return is_float(view.type) and view.number == size and view.mask.data == NULL \
+        and (view.per_row == 1 or view.x.inner == numbers_of(view) * size) \
+        and (view.outer == 1 or view.inner >= 8 * view.per_row)
 
 
 cdef void add_steps(
@@ -1067,27 +1144,31 @@ cdef void add_steps(
     Py_ssize_t ahead,
 ) noexcept nogil:
     """Steps that follow each other: whole rows, at that stride, then what is left of one."""
-    cdef Py_ssize_t rows = steps // view.per_row, numbers = view.channels * view.width
+    cdef Py_ssize_t numbers = numbers_of(view), rows
+    if view.width > view.kept:
+        add_strips(kind, x, stride, steps, 1 if view.apart else view.channels, view.width, centers, sums)
+        return
+    rows = steps // view.per_row
     if rows > 0:
         add(kind, x, stride, rows, numbers * view.per_row, centers, sums, ahead)
     if steps > rows * view.per_row:
         add(kind, x + rows * stride, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums, 0)
 
 
-cdef Py_ssize_t ahead_of(const View *view, Py_ssize_t position, const char *x) noexcept nogil:
+cdef Py_ssize_t ahead_of(const View *view, Py_ssize_t position) noexcept nogil:
     """From x at that position to what memory is to be asked for meanwhile.
 
     That is the same place of a later plane, or of this one if it is long. What caches hold is worth asking for in a
     plane only, eight rows before it is read; strided rows never are.
     """
-    cdef Py_ssize_t numbers = view.channels * view.width, plane = view.inner * view.x.inner, later
+    cdef Py_ssize_t numbers = numbers_of(view), plane = view.inner * view.x.inner, later
     if view.x.inner != numbers * view.number:
         return 0
     if not view.far:
         return NEXT if numbers * view.per_row == COLUMNS else 0
     later = position + 1 + BN_FAR // max(plane, <Py_ssize_t> 1)
     if plane < 4 * BN_FAR and later < view.outer:
-        return view.x.data + place(view, &view.x, later) - x
+        return place(view, &view.x, later) - place(view, &view.x, position)
     return BN_FAR
 
 
@@ -1101,68 +1182,79 @@ cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_
     return kept
 
 
-cdef Py_ssize_t add_all(
-    const View *view, Sum kind, const double *center, Sums *sums,
-) noexcept nogil:
-    """The sums of each channel about its center, and how many elements of it there are."""
-    cdef Centers centers
-    cdef double[WIDEST + LINE] center_storage
+cdef Py_ssize_t add_view(const View *view, Sum kind, const Centers *centers, const Sums *sums) noexcept nogil:
+    """Adds what a view shows of each channel, and returns how many elements these are."""
     cdef float[BLOCK + LINE] storage
     cdef float *buffer = whole_lines(storage)
-    cdef Py_ssize_t numbers = view.channels * view.width, columns = numbers * view.per_row
-    cdef Py_ssize_t size = size_of_type(view.type), row_stride = view.per_row * view.x.inner
-    # Rows are added as they lie, and those of a position together.
-    cdef bint direct = is_float(view.type) and view.number == size and view.mask.data == NULL \
-        and (view.per_row == 1 or view.x.inner == numbers * size) and (view.outer == 1 or view.inner >= 8 * view.per_row)
+    cdef Py_ssize_t numbers = numbers_of(view), columns = numbers * view.per_row
+    cdef Py_ssize_t row_stride = view.per_row * view.x.inner, tables = view.channels if view.apart else 1
+    cdef bint direct = is_direct(view)
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
-    cdef Py_ssize_t position, left, some, filled = 0, n = 0, rows, ahead, far
+    cdef Py_ssize_t position, table, left, some, filled = 0, n = 0, rows, ahead, far
     cdef const char *x
     cdef const char *mask = NULL
-    centers.exact = <double *> whole_lines(<float *> center_storage)
-    begin(view, kind, center, &centers, sums)
+    cdef Centers about = centers[0]
+    cdef Sums at = sums[0]
     for position in range(view.outer):
-        x = view.x.data + place(view, &view.x, position)
-        left = view.inner
-        ahead = ahead_of(view, position, x)
+        ahead = ahead_of(view, position)
         far = ahead if view.far else 0
-        if direct and position + 1 < view.outer:
-            bn_prefetch(view.x.data + place(view, &view.x, position + 1), BN_BEGINNING)
-        if direct and view.type == FLOAT32:
-            add_steps(view, kind, <const float *> x, row_stride // 4, left, &centers, sums, ahead)
-            n += left
-            left = 0
-        elif direct and kind == SQUARES:
-            rows = bn_add_rows_of_halves(
-                <const uint16_t *> x, row_stride // 2, left // view.per_row, columns, centers.rounded, sums.deviations,
-                sums.squares, far)
-            x += rows * row_stride
-            left -= rows * view.per_row
-            n += rows * view.per_row
-        elif view.mask.data != NULL:
-            mask = view.mask.data + place(view, &view.mask, position)
-        while left > 0:
-            some = min(left, most - filled)
-            if far != 0:
-                bn_prefetch_far(x + far, some * view.x.inner)
-            load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
-            x += some * view.x.inner
-            left -= some
-            if mask != NULL:
-                filled += pack(buffer + filled * numbers, mask, view.mask.inner, some, numbers)
-                mask += some * view.mask.inner
-            else:
-                filled += some
-            if filled == most or (direct and left == 0):
-                add_steps(view, kind, buffer, columns, filled, &centers, sums, 0)
-                n += filled
-                filled = 0
-    add_steps(view, kind, buffer, columns, filled, &centers, sums, 0)
-    n += filled
+        for table in range(tables):
+            x = view.x.data + place(view, &view.x, position) + table * view.x.channel
+            left = view.inner
+            if tables > 1:
+                about = centers_at(centers, kind, table * view.kept)
+                at = sums_at(sums, table * view.kept)
+            if direct and position + 1 < view.outer:
+                bn_prefetch(view.x.data + place(view, &view.x, position + 1) + table * view.x.channel, BN_BEGINNING)
+            if direct and view.type == FLOAT32:
+                add_steps(view, kind, <const float *> x, row_stride // 4, left, &about, &at, ahead)
+                n += left
+                left = 0
+            elif direct and kind == SQUARES:
+                rows = bn_add_rows_of_halves(
+                    <const uint16_t *> x, row_stride // 2, left // view.per_row, columns,
+                    view.width if view.width > view.kept else columns, about.rounded, at.deviations, at.squares,
+                    view.kept if view.width > view.kept else columns, far)
+                x += rows * row_stride
+                left -= rows * view.per_row
+                n += rows * view.per_row
+            elif view.mask.data != NULL:
+                mask = view.mask.data + place(view, &view.mask, position)
+            while left > 0:
+                some = min(left, most - filled)
+                if far != 0:
+                    bn_prefetch_far(x + far, some * view.x.inner)
+                load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
+                x += some * view.x.inner
+                left -= some
+                if mask != NULL:
+                    filled += pack(buffer + filled * numbers, mask, view.mask.inner, some, numbers)
+                    mask += some * view.mask.inner
+                else:
+                    filled += some
+                if filled == most or (left == 0 and (direct or tables > 1)):
+                    add_steps(view, kind, buffer, columns, filled, &about, &at, 0)
+                    n += filled
+                    filled = 0
+    add_steps(view, kind, buffer, columns, filled, &about, &at, 0)
+    return (n + filled) * view.width // tables
+
+
+cdef Py_ssize_t add_all(const View *view, const View *rest, Sum kind, const double *center, Sums *sums) noexcept nogil:
+    """The sums of each channel about its center, and how many elements of it there are."""
+    cdef Centers centers
+    cdef double[WIDEST + LINE] storage
+    cdef Py_ssize_t n
+    centers.exact = <double *> whole_lines(<float *> storage)
+    begin(view, kind, center, &centers, sums)
+    n = add_view(view, kind, &centers, sums)
+    if rest != NULL:
+        n += add_view(rest, kind, &centers, sums)
     end(view, sums.deviations)
     if kind != DEVIATIONS:
         end(view, sums.squares)
-    return n * view.width
+    return n
 
 
 cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t most, Py_ssize_t *x, Py_ssize_t *mask) noexcept nogil:
@@ -1178,12 +1270,12 @@ cdef View sample_of(const View *view) noexcept nogil:
     """Some elements of each channel, from all over it."""
     cdef View sample = view[0]
     cdef Py_ssize_t n = view.outer * view.inner * view.width
-    cdef Py_ssize_t most = PLANE_SAMPLE
+    cdef Py_ssize_t most = ROW_SAMPLE
     sample.far = False
-    if n <= (WHOLE if view.channels == 1 else FEW_ROWS):
+    if n <= FEW_ROWS:
         return sample
     if view.channels > 1:
-        most = min(<Py_ssize_t> ROW_SAMPLE, max(<Py_ssize_t> FEW_ROWS, n // 2))
+        most = min(most, max(<Py_ssize_t> FEW_ROWS, n // 2))
     if view.outer_ndim > 0:
         sample.first = thinned(view.first, 8, &sample.x.first, &sample.mask.first)
         sample.outer = view.outer // view.first * sample.first
@@ -1194,12 +1286,38 @@ cdef View sample_of(const View *view) noexcept nogil:
     return sample
 
 
-cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcept nogil:
+cdef View windows_of(const View *planes) noexcept nogil:
+    """Eight times COLUMNS elements of each channel, or more, from all over its planes."""
+    cdef View sample = planes[0]
+    cdef Py_ssize_t places = planes.inner - COLUMNS, rows
+    sample.far = False
+    sample.apart = True
+    sample.width = sample.kept = COLUMNS
+    sample.number = planes.x.inner
+    sample.per_row = 1
+    if planes.outer_ndim > 0:
+        sample.first = thinned(planes.first, 8, &sample.x.first, &sample.mask.first)
+        sample.outer = planes.outer // planes.first * sample.first
+    sample.inner = rows = max(<Py_ssize_t> 1, 8 // sample.outer)
+    if rows > 1:
+        sample.x.inner = places // (rows - 1) * sample.number
+    elif sample.first > 1:
+        sample.x.first += places // (sample.first - 1) * sample.number
+    if rows == 1 and sample.outer_ndim == 1:
+        sample.inner = sample.first
+        sample.x.inner = sample.x.first
+        sample.outer = 1
+        sample.outer_ndim = 0
+    return sample
+
+
+cdef Py_ssize_t view_moments(
+    const View *view, const View *rest, const View *sample, double *mean, double *m2,
+) noexcept nogil:
     cdef Sums sums
     cdef double[2 * WIDEST + LINE] storage
     cdef double[WIDEST] center
     cdef float[WIDEST] values
-    cdef View sample
     cdef Py_ssize_t c, n
     cdef int _attempt
     sums.deviations = <double *> whole_lines(<float *> storage)
@@ -1208,23 +1326,22 @@ cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcep
         center[c] = mean[c] = 0
         m2[c] = NOT_A_NUMBER
     if is_float(view.type):
-        sample = sample_of(view)
-        n = add_all(&sample, DEVIATIONS, center, &sums)
+        n = add_all(sample, NULL, DEVIATIONS, center, &sums)
         if view.mask.data == NULL:
-            load(view.type, view.x.data, view.x.inner, view.number * view.width, values, 1, view.channels)
+            load(view.type, view.x.data, 0, view.x.channel, values, 1, view.channels)
         else:
             memset(values, 0, view.channels * sizeof(float))
         begin_at(&sums, n, view.channels, values, center)
         for _attempt in range(2):
-            n = add_all(view, SQUARES, center, &sums)
+            n = add_all(view, rest, SQUARES, center, &sums)
             if n == 0 or found_all(&sums, n, view.channels, center, mean, m2):
                 return n
     for c in range(view.channels):
         center[c] = 0
-    n = add_all(view, WIDE, center, &sums)
+    n = add_all(view, rest, WIDE, center, &sums)
     for c in range(view.channels):
         center[c] = sums.deviations[c] / n
-    n = add_all(view, WIDE, center, &sums)
+    n = add_all(view, rest, WIDE, center, &sums)
     for c in range(view.channels if n > 0 else 0):
         if m2[c] != m2[c]:
             m2[c] = wide_m2_of(sums.deviations[c], sums.squares[c], n, center[c], &mean[c])
@@ -1232,51 +1349,80 @@ cdef Py_ssize_t view_moments(const View *view, double *mean, double *m2) noexcep
 
 
 cdef View view_of(const Job *job) noexcept nogil:
-    """One channel, or all: the loops as they are."""
+    """The loops over a channel as they are."""
     cdef View view
     view.type = job.x.type
     view.far = job.far
-    view.channels = view.width = view.per_row = 1
+    view.apart = not job.channels_last
+    view.channels = view.width = view.kept = view.per_row = 1
     view.inner = job.inner
     view.outer = job.outer
     view.outer_ndim = job.outer_ndim
     view.outer_shape = &job.outer_shape[0]
     view.first = job.outer_shape[0] if job.outer_ndim > 0 else 1
-    view.x = Positions(job.x.data, job.x.inner, job.x.outer[0], &job.x.outer[0])
-    view.mask = Positions(job.residual.data, job.residual.inner, job.residual.outer[0], &job.residual.outer[0])
+    view.number = job.x.channel if job.channels_last else job.x.inner
+    view.x = Positions(job.x.data, job.x.channel, job.x.inner, job.x.outer[0], &job.x.outer[0])
+    view.mask = Positions(job.residual.data, 0, job.residual.inner, job.residual.outer[0], &job.residual.outer[0])
+    return view
+
+
+cdef View side_by_side(const View *planes, Py_ssize_t start) noexcept nogil:
+    """Elements of planes from `start` on as columns, whose rows are the planes."""
+    cdef View view = planes[0]
+    cdef int last = planes.outer_ndim - 1
+    view.apart = start > 0
+    view.x.data += start * view.x.inner
+    view.width = planes.inner - start
+    view.kept = view.width if view.width < 2 * COLUMNS and start == 0 else COLUMNS
+    view.inner = planes.outer_shape[last] if last >= 0 else 1
+    view.x.inner = planes.x.outer[last] if last >= 0 else 0
+    view.outer = planes.outer // view.inner
+    view.outer_ndim = max(last, 0)
     return view
 
 
 cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil:
     """The elements of each channel that count; their mean, and the sum of their squared deviations from it."""
-    cdef View view = view_of(job)
-    cdef Py_ssize_t first = 0, most = 1, n = 0, last = job.outer_ndim - 1
-    view.number = view.x.inner
+    cdef View planes = view_of(job), view = planes, rest = planes, sample
+    cdef Py_ssize_t first = 0, most = 1, n = 0, start = job.inner // PLANE * PLANE if job.inner > PLANE else 0
+    cdef bint has_rest = False, in_windows = False, adjacent = job.x.channel == job.inner * job.x.inner
     if job.channels_last:
         most = WIDEST
-        view.number = job.x.channel
         view.per_row = COLUMNS
         while view.per_row > 1 and (
             job.channels * (view.per_row // 2) % COLUMNS == 0 or view.per_row * job.channels > WIDEST
         ):
             view.per_row //= 2
-    elif view.mask.data == NULL and job.inner <= WIDEST // 2:
+    elif view.mask.data == NULL and start == 0:
         # Planes are short: their elements are columns, of several channels that follow each other.
-        most = WIDEST // job.inner if job.x.channel == job.inner * job.x.inner else 1
+        view = side_by_side(&planes, 0)
+        if view.kept < view.width and view.type == FLOAT32 and is_direct(&view):
+            most = max(<Py_ssize_t> 1, min(<Py_ssize_t> WIDEST // COLUMNS, GROUP // (job.inner * job.outer * 4)))
+        else:
+            most = WIDEST // job.inner
         if most > LANES:
             most = most // LANES * LANES    # columns in whole registers
-        view.width = job.inner
-        view.inner = job.outer_shape[last] if last >= 0 else 1
-        view.x.inner = job.x.outer[last] if last >= 0 else 0
-        view.outer = job.outer // view.inner
-        view.outer_ndim = max(last, 0)
+        if not adjacent:
+            most = 1
+        in_windows = view.kept < view.width
     else:
-        view.per_row = COLUMNS
+        view.per_row = view.kept = COLUMNS
+        if is_direct(&view):
+            most = max(<Py_ssize_t> 1, min(
+                <Py_ssize_t> WIDEST // COLUMNS, GROUP // (job.inner * job.outer * size_of_type(view.type))))
+            if start < job.inner and planes.outer_ndim > 0 and job.outer_shape[planes.outer_ndim - 1] >= 8:
+                rest = side_by_side(&planes, start)
+                view.inner = start
+                has_rest = True
+        in_windows = view.mask.data == NULL
     while first < job.channels:
-        view.channels = min(most, job.channels - first)
-        view.x.data = job.x.data + first * job.x.channel
-        n = view_moments(&view, mean + first, m2 + first)
-        first += view.channels
+        view.channels = rest.channels = planes.channels = min(most, job.channels - first)
+        sample = windows_of(&planes) if in_windows else sample_of(&view)
+        n = view_moments(&view, &rest if has_rest else NULL, &sample, mean + first, m2 + first)
+        view.x.data += most * job.x.channel
+        rest.x.data += most * job.x.channel
+        planes.x.data += most * job.x.channel
+        first += most
     return n
 
 
