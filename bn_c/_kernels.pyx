@@ -51,8 +51,8 @@ cdef extern from "bn_c/half.h" nogil:
     Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
-        const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t width, const float *center,
-        double *deviations, double *squares, Py_ssize_t kept, Py_ssize_t ahead)
+        const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
+        double *deviations, double *squares, Py_ssize_t width, Py_ssize_t kept, Py_ssize_t ahead)
 
 cdef extern from "bn_c/sums.h" nogil:
     ctypedef void widest "BN_WIDEST void"
@@ -1131,12 +1131,16 @@ cdef inline Py_ssize_t numbers_of(const View *view) noexcept nogil:
     return view.width if view.apart else view.channels * view.width
 
 
+cdef inline bint in_strips(const View *view) noexcept nogil:
+    return view.width > view.kept
+
+
 cdef inline bint is_direct(const View *view) noexcept nogil:
     """Whether rows are added as they lie, and those of a position together."""
     cdef Py_ssize_t size = size_of_type(view.type)
     return is_float(view.type) and view.number == size and view.mask.data == NULL \
         and (view.per_row == 1 or view.x.inner == numbers_of(view) * size) \
-        and (view.outer == 1 or view.inner >= 8 * view.per_row)
+        and (view.outer == 1 or view.inner >= 8 * view.per_row or (view.apart and view.per_row == 1))
 
 
 cdef void add_steps(
@@ -1145,7 +1149,7 @@ cdef void add_steps(
 ) noexcept nogil:
     """Steps that follow each other: whole rows, at that stride, then what is left of one."""
     cdef Py_ssize_t numbers = numbers_of(view), rows
-    if view.width > view.kept:
+    if in_strips(view):
         add_strips(kind, x, stride, steps, 1 if view.apart else view.channels, view.width, centers, sums)
         return
     rows = steps // view.per_row
@@ -1213,9 +1217,8 @@ cdef Py_ssize_t add_view(const View *view, Sum kind, const Centers *centers, con
                 left = 0
             elif direct and kind == SQUARES:
                 rows = bn_add_rows_of_halves(
-                    <const uint16_t *> x, row_stride // 2, left // view.per_row, columns,
-                    view.width if view.width > view.kept else columns, about.rounded, at.deviations, at.squares,
-                    view.kept if view.width > view.kept else columns, far)
+                    <const uint16_t *> x, row_stride // 2, left // view.per_row, columns, about.rounded, at.deviations,
+                    at.squares, view.width if in_strips(view) else columns, view.kept if in_strips(view) else columns, far)
                 x += rows * row_stride
                 left -= rows * view.per_row
                 n += rows * view.per_row
@@ -1249,7 +1252,7 @@ cdef Py_ssize_t add_all(const View *view, const View *rest, Sum kind, const doub
     centers.exact = <double *> whole_lines(<float *> storage)
     begin(view, kind, center, &centers, sums)
     n = add_view(view, kind, &centers, sums)
-    if rest != NULL:
+    if rest != NULL and rest.outer > 0:
         n += add_view(rest, kind, &centers, sums)
     end(view, sums.deviations)
     if kind != DEVIATIONS:
@@ -1286,28 +1289,40 @@ cdef View sample_of(const View *view) noexcept nogil:
     return sample
 
 
+cdef View side_by_side(const View *planes, Py_ssize_t start) noexcept nogil:
+    """Elements of planes from `start` on as columns, whose rows are the planes."""
+    cdef View view = planes[0]
+    cdef int last = planes.outer_ndim - 1
+    view.apart = start > 0
+    view.x.data += start * view.x.inner
+    view.width = planes.inner - start
+    view.kept = view.width if view.width < 2 * COLUMNS and start == 0 else COLUMNS
+    view.inner = planes.outer_shape[last] if last >= 0 else 1
+    view.x.inner = planes.x.outer[last] if last >= 0 else 0
+    view.outer = planes.outer // view.inner
+    view.outer_ndim = max(last, 0)
+    return view
+
+
 cdef View windows_of(const View *planes) noexcept nogil:
-    """Eight times COLUMNS elements of each channel, or more, from all over its planes."""
-    cdef View sample = planes[0]
-    cdef Py_ssize_t places = planes.inner - COLUMNS, rows
+    """Runs of COLUMNS elements, eight of each channel or more, from all over its planes."""
+    cdef View sample = side_by_side(planes, 0)
+    cdef Py_ssize_t places = planes.inner - COLUMNS, mask = 0
+    if sample.inner >= 4:
+        sample.inner = thinned(sample.inner, 8, &sample.x.inner, &mask)
+    else:
+        sample = planes[0]
+        sample.inner = 7 // planes.outer + 1
+        sample.x.inner = 0
+    if sample.inner > 1:
+        sample.x.inner += places // (sample.inner - 1) * sample.number
+    if sample.outer_ndim > 0:
+        sample.first = thinned(sample.first, 8, &sample.x.first, &mask)
+        sample.outer = sample.outer // planes.first * sample.first
     sample.far = False
     sample.apart = True
     sample.width = sample.kept = COLUMNS
-    sample.number = planes.x.inner
     sample.per_row = 1
-    if planes.outer_ndim > 0:
-        sample.first = thinned(planes.first, 8, &sample.x.first, &sample.mask.first)
-        sample.outer = planes.outer // planes.first * sample.first
-    sample.inner = rows = max(<Py_ssize_t> 1, 8 // sample.outer)
-    if rows > 1:
-        sample.x.inner = places // (rows - 1) * sample.number
-    elif sample.first > 1:
-        sample.x.first += places // (sample.first - 1) * sample.number
-    if rows == 1 and sample.outer_ndim == 1:
-        sample.inner = sample.first
-        sample.x.inner = sample.x.first
-        sample.outer = 1
-        sample.outer_ndim = 0
     return sample
 
 
@@ -1366,26 +1381,17 @@ cdef View view_of(const Job *job) noexcept nogil:
     return view
 
 
-cdef View side_by_side(const View *planes, Py_ssize_t start) noexcept nogil:
-    """Elements of planes from `start` on as columns, whose rows are the planes."""
-    cdef View view = planes[0]
-    cdef int last = planes.outer_ndim - 1
-    view.apart = start > 0
-    view.x.data += start * view.x.inner
-    view.width = planes.inner - start
-    view.kept = view.width if view.width < 2 * COLUMNS and start == 0 else COLUMNS
-    view.inner = planes.outer_shape[last] if last >= 0 else 1
-    view.x.inner = planes.x.outer[last] if last >= 0 else 0
-    view.outer = planes.outer // view.inner
-    view.outer_ndim = max(last, 0)
-    return view
+cdef inline Py_ssize_t read_together(const Job *job) noexcept nogil:
+    """How many channels with COLUMNS sums each."""
+    cdef Py_ssize_t bytes = job.inner * job.outer * size_of_type(job.x.type)
+    return max(<Py_ssize_t> 1, min(<Py_ssize_t> WIDEST // COLUMNS, GROUP // bytes))
 
 
 cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil:
     """The elements of each channel that count; their mean, and the sum of their squared deviations from it."""
-    cdef View planes = view_of(job), view = planes, rest = planes, sample
-    cdef Py_ssize_t first = 0, most = 1, n = 0, start = job.inner // PLANE * PLANE if job.inner > PLANE else 0
-    cdef bint has_rest = False, in_windows = False, adjacent = job.x.channel == job.inner * job.x.inner
+    cdef View planes = view_of(job), view = planes, rest, sample
+    cdef Py_ssize_t first = 0, most = 1, n = 0, eights = job.inner // PLANE * PLANE
+    rest.outer = 0
     if job.channels_last:
         most = WIDEST
         view.per_row = COLUMNS
@@ -1393,36 +1399,37 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
             job.channels * (view.per_row // 2) % COLUMNS == 0 or view.per_row * job.channels > WIDEST
         ):
             view.per_row //= 2
-    elif view.mask.data == NULL and start == 0:
+    elif view.mask.data == NULL and job.inner <= PLANE:
         # Planes are short: their elements are columns, of several channels that follow each other.
         view = side_by_side(&planes, 0)
-        if view.kept < view.width and view.type == FLOAT32 and is_direct(&view):
-            most = max(<Py_ssize_t> 1, min(<Py_ssize_t> WIDEST // COLUMNS, GROUP // (job.inner * job.outer * 4)))
-        else:
-            most = WIDEST // job.inner
-        if most > LANES:
+        most = WIDEST // job.inner
+        if in_strips(&view) and view.type == FLOAT32 and is_direct(&view):
+            most = read_together(job)
+        elif most > LANES:
             most = most // LANES * LANES    # columns in whole registers
-        if not adjacent:
+        if job.x.channel != job.inner * job.x.inner:
             most = 1
-        in_windows = view.kept < view.width
     else:
         view.per_row = view.kept = COLUMNS
         if is_direct(&view):
-            most = max(<Py_ssize_t> 1, min(
-                <Py_ssize_t> WIDEST // COLUMNS, GROUP // (job.inner * job.outer * size_of_type(view.type))))
-            if start < job.inner and planes.outer_ndim > 0 and job.outer_shape[planes.outer_ndim - 1] >= 8:
-                rest = side_by_side(&planes, start)
-                view.inner = start
-                has_rest = True
-        in_windows = view.mask.data == NULL
+            most = read_together(job)
+            rest = side_by_side(&planes, eights)
+            if rest.inner < 8 or rest.width == 0:
+                rest.outer = 0
+            else:
+                view.inner = eights
+    view.channels = planes.channels = min(most, job.channels)
+    if view.mask.data == NULL and (view.apart or in_strips(&view)) and planes.outer * planes.inner > FEW_ROWS:
+        sample = windows_of(&planes)
+    else:
+        sample = sample_of(&view)
     while first < job.channels:
-        view.channels = rest.channels = planes.channels = min(most, job.channels - first)
-        sample = windows_of(&planes) if in_windows else sample_of(&view)
-        n = view_moments(&view, &rest if has_rest else NULL, &sample, mean + first, m2 + first)
+        view.channels = rest.channels = sample.channels = min(most, job.channels - first)
+        n = view_moments(&view, &rest, &sample, mean + first, m2 + first)
+        first += most
         view.x.data += most * job.x.channel
         rest.x.data += most * job.x.channel
-        planes.x.data += most * job.x.channel
-        first += most
+        sample.x.data += most * job.x.channel
     return n
 
 

@@ -375,8 +375,8 @@ static inline void bn_add_last_halves(const uint16_t *x, ptrdiff_t stride, ptrdi
  * power of two if they are fewer, which further columns are added to in turn. `ahead` bytes behind them memory is
  * asked for. Without a detour through a buffer this takes 0.7 of the time. */
 static inline ptrdiff_t bn_add_rows_of_halves(const uint16_t *x, ptrdiff_t stride, ptrdiff_t rows,
-                                              ptrdiff_t columns, ptrdiff_t width, const float *center,
-                                              double *deviations, double *squares, ptrdiff_t kept,
+                                              ptrdiff_t columns, const float *center, double *deviations,
+                                              double *squares, ptrdiff_t width, ptrdiff_t kept,
                                               ptrdiff_t ahead)
 {
     ptrdiff_t row = 0;
