@@ -25,6 +25,7 @@ SHAPES = {
     "rows": lambda n: (4, n // 4),
     "few channels": lambda n: (n // 3, 3),
     "short planes": lambda n: (4, n // 36, 9),
+    "many planes": lambda n: (9, 2, n // 18),
 }
 TYPES = [("f4", "f4"), ("f2", "f2"), ("f2", "f4"), ("f4", "f2"), ("u1", "f4"), ("i1", "f2"), ("u2", "f4"), ("i2", "f2")]
 AROUND = 64  # bytes beside an array that are looked at

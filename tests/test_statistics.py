@@ -50,6 +50,26 @@ def test_lengths_of_planes_and_rows(isa, size, dtype, rng):
     assert_exact(values(rng, (5, size), dtype, offset=20))
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 7, 8, 9, 17, 40])
+def test_sizes_of_planes(isa, images, dtype, rng):
+    """Side by side, in strips, in rows of eight with a rest; more channels than are read together."""
+    for size in (31, 33, 63, 64, 65, 68, 95, 97, 196, 255, 256, 257, 289, 511, 512, 513, 784):
+        x = values(rng, (images, 19, size), dtype, offset=20)
+        assert_exact(x)
+        assert_exact(x[:, ::2])
+        assert_exact(np.repeat(x, 2, 2)[..., ::2])
+        assert_exact(np.concatenate([x, x], 2)[..., :size])
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+@pytest.mark.parametrize("shape", [(9, 20, 196), (40, 20, 784), (2, 20, 3136)])
+def test_samples_that_mislead(isa, shape, dtype, rng):
+    """Runs of equal values: a few of them do not tell the mean. Some channels are added twice, their neighbours too."""
+    x = np.repeat(rng.choice([-1.0, 1.0], (*shape[:2], shape[2] // 28)), 28, 2) + rng.uniform(-0.01, 0.01, shape)
+    assert_exact((x + np.arange(20).reshape(20, 1)).astype(dtype))
+
+
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
