@@ -9,10 +9,12 @@ a. Everything happens in blocks that stay in L1. A block that is not a run of fl
 b. Statistics are sums of deviations, and of their squares, from a center near the mean, which a sample taken
    all over the channel tells. A center that proves to be more than a quarter of a standard deviation off is
    replaced by the mean found, and the sums are taken again.
-   They are kept in columns: x is seen as a table whose columns have one channel each. Rows of channels are
-   that as they are, few channels several rows at a time; short planes, several side by side; a long plane is cut
-   into COLUMNS of them. The columns of a channel are added up at the end. So there is no loop over one single
-   sum, and every instruction set vectorises the same additions in the same order: the same bits.
+   They are kept in columns: x is seen as a table whose columns have one channel each. Rows of channels are that as
+   they are, few channels several rows at a time. Short planes lie side by side, a row from each image; those of
+   two strips of COLUMNS and more are added strip by strip to the same sums. A long plane is cut into rows of
+   COLUMNS, and what its eights of rows leave over is added like a short plane.
+   The columns of a channel are added up at the end. So there is no loop over one single sum, and every instruction
+   set vectorises the same additions in the same order: the same bits.
 c. Errors. A deviation (2^-24, twice when squared), its square (2^-24) and a tree of four of them (2 * 2^-24)
    round in float, what follows is double: var is within 5 * 2^-24 = 3e-7. Channels whose squares leave the
    range of float, and integers, are summed in double, twice: for the mean, then about it.
@@ -104,8 +106,8 @@ cdef enum:
     WIDEST = 512        # columns whose sums are taken at once: with eight rows they fit the smallest L1
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
-    PLANE = 8 * 32      # elements of a plane that are eight rows of COLUMNS; what is left joins that of other planes
-    GROUP = 1 << 18     # bytes of channels that are read together, so that what is sampled is in L2 when it is added
+    PLANE = 8 * COLUMNS # elements of a plane that are eight rows
+    GROUP = 1 << 18     # bytes of channels that are read together: L2 still holds what is beside the sample
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
 
@@ -854,9 +856,9 @@ cdef struct View:
     # One step of the inner loop meets channels * width numbers; `per_row` steps make a row.
     int type
     Py_ssize_t channels
-    bint apart                      # each of them is a table of its own
+    bint separate                   # each of them is a table of its own
     Py_ssize_t width
-    Py_ssize_t kept                 # sums of a channel that lie side by side; of a wider one, strips are added to them
+    Py_ssize_t kept                 # sums of a channel that lie side by side; a wider one is added to them in strips
     Py_ssize_t per_row
     Py_ssize_t number               # stride from number to number
     Py_ssize_t inner
@@ -981,7 +983,7 @@ cdef widest add_squares_of_strips(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t channels, Py_ssize_t width, const float *center,
     const Sums *sums,
 ) noexcept nogil:
-    """Eight rows of all channels after the other, so that memory is read in order."""
+    """Eight rows of one channel after the other, so that memory is read in order."""
     cdef Py_ssize_t some, left, columns, c
     cdef const float *strip
     cdef const float *about
@@ -1087,7 +1089,7 @@ cdef double wide_m2_of(double deviations, double squares, double n, double cente
 
 cdef void begin(const View *view, Sum kind, const double *center, Centers *centers, Sums *sums) noexcept nogil:
     """Each channel's center to all of its columns, whose sums are 0."""
-    cdef Py_ssize_t columns = view.channels * view.kept * (1 if view.apart else view.per_row)
+    cdef Py_ssize_t columns = view.channels * view.kept * (1 if view.separate else view.per_row)
     memset(sums.deviations, 0, columns * sizeof(double))
     if kind != DEVIATIONS:
         memset(sums.squares, 0, columns * sizeof(double))
@@ -1113,7 +1115,7 @@ cdef double total(const double *values, Py_ssize_t n) noexcept nogil:
 
 cdef void end(const View *view, double *sums) noexcept nogil:
     """The sums of all columns of a channel at its index."""
-    cdef Py_ssize_t n = 1 if view.apart else view.per_row, numbers = view.channels * view.kept, c, i
+    cdef Py_ssize_t n = 1 if view.separate else view.per_row, numbers = view.channels * view.kept, c, i
     while n > 1:                                    # a power of two
         n //= 2
         for i in range(n * numbers):
@@ -1128,7 +1130,7 @@ cdef Py_ssize_t place(const View *view, const Positions *array, Py_ssize_t posit
 
 cdef inline Py_ssize_t numbers_of(const View *view) noexcept nogil:
     """Those that a step meets in a table."""
-    return view.width if view.apart else view.channels * view.width
+    return view.width if view.separate else view.channels * view.width
 
 
 cdef inline bint in_strips(const View *view) noexcept nogil:
@@ -1136,11 +1138,11 @@ cdef inline bint in_strips(const View *view) noexcept nogil:
 
 
 cdef inline bint is_direct(const View *view) noexcept nogil:
-    """Whether rows are added as they lie, and those of a position together."""
+    """Whether rows are added as they lie, and those of a position together: runs of a plane are, and eights of rows."""
     cdef Py_ssize_t size = size_of_type(view.type)
     return is_float(view.type) and view.number == size and view.mask.data == NULL \
         and (view.per_row == 1 or view.x.inner == numbers_of(view) * size) \
-        and (view.outer == 1 or view.inner >= 8 * view.per_row or (view.apart and view.per_row == 1))
+        and (view.outer == 1 or view.inner >= 8 * view.per_row or (view.separate and view.per_row == 1))
 
 
 cdef void add_steps(
@@ -1150,7 +1152,7 @@ cdef void add_steps(
     """Steps that follow each other: whole rows, at that stride, then what is left of one."""
     cdef Py_ssize_t numbers = numbers_of(view), rows
     if in_strips(view):
-        add_strips(kind, x, stride, steps, 1 if view.apart else view.channels, view.width, centers, sums)
+        add_strips(kind, x, stride, steps, 1 if view.separate else view.channels, view.width, centers, sums)
         return
     rows = steps // view.per_row
     if rows > 0:
@@ -1191,7 +1193,7 @@ cdef Py_ssize_t add_view(const View *view, Sum kind, const Centers *centers, con
     cdef float[BLOCK + LINE] storage
     cdef float *buffer = whole_lines(storage)
     cdef Py_ssize_t numbers = numbers_of(view), columns = numbers * view.per_row
-    cdef Py_ssize_t row_stride = view.per_row * view.x.inner, tables = view.channels if view.apart else 1
+    cdef Py_ssize_t row_stride = view.per_row * view.x.inner, tables = view.channels if view.separate else 1
     cdef bint direct = is_direct(view)
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
@@ -1293,7 +1295,7 @@ cdef View side_by_side(const View *planes, Py_ssize_t start) noexcept nogil:
     """Elements of planes from `start` on as columns, whose rows are the planes."""
     cdef View view = planes[0]
     cdef int last = planes.outer_ndim - 1
-    view.apart = start > 0
+    view.separate = start > 0
     view.x.data += start * view.x.inner
     view.width = planes.inner - start
     view.kept = view.width if view.width < 2 * COLUMNS and start == 0 else COLUMNS
@@ -1320,7 +1322,7 @@ cdef View windows_of(const View *planes) noexcept nogil:
         sample.first = thinned(sample.first, 8, &sample.x.first, &mask)
         sample.outer = sample.outer // planes.first * sample.first
     sample.far = False
-    sample.apart = True
+    sample.separate = True
     sample.width = sample.kept = COLUMNS
     sample.per_row = 1
     return sample
@@ -1368,7 +1370,7 @@ cdef View view_of(const Job *job) noexcept nogil:
     cdef View view
     view.type = job.x.type
     view.far = job.far
-    view.apart = not job.channels_last
+    view.separate = not job.channels_last
     view.channels = view.width = view.kept = view.per_row = 1
     view.inner = job.inner
     view.outer = job.outer
@@ -1382,14 +1384,14 @@ cdef View view_of(const Job *job) noexcept nogil:
 
 
 cdef inline Py_ssize_t read_together(const Job *job) noexcept nogil:
-    """How many channels with COLUMNS sums each."""
+    """How many channels with COLUMNS sums each are."""
     cdef Py_ssize_t bytes = job.inner * job.outer * size_of_type(job.x.type)
     return max(<Py_ssize_t> 1, min(<Py_ssize_t> WIDEST // COLUMNS, GROUP // bytes))
 
 
 cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil:
     """The elements of each channel that count; their mean, and the sum of their squared deviations from it."""
-    cdef View planes = view_of(job), view = planes, rest, sample
+    cdef View planes = view_of(job), view = planes, rest = planes, sample
     cdef Py_ssize_t first = 0, most = 1, n = 0, eights = job.inner // PLANE * PLANE
     rest.outer = 0
     if job.channels_last:
@@ -1419,7 +1421,7 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
             else:
                 view.inner = eights
     view.channels = planes.channels = min(most, job.channels)
-    if view.mask.data == NULL and (view.apart or in_strips(&view)) and planes.outer * planes.inner > FEW_ROWS:
+    if view.mask.data == NULL and (view.separate or in_strips(&view)) and planes.outer * planes.inner > FEW_ROWS:
         sample = windows_of(&planes)
     else:
         sample = sample_of(&view)
