@@ -106,7 +106,7 @@ cdef enum:
     WIDEST = 512        # columns whose sums are taken at once: with eight rows they fit the smallest L1
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
-    PLANE = 8 * COLUMNS # elements of a plane that are eight rows
+    PLANE = 8 * COLUMNS  # elements of a plane that are eight rows
     GROUP = 1 << 18     # bytes of channels that are read together: L2 still holds what is beside the sample
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many

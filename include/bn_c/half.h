@@ -372,8 +372,8 @@ static inline void bn_add_last_halves(const uint16_t *x, ptrdiff_t stride, ptrdi
 
 /* Adds deviations and squares of halves to the sums of their columns, eight rows at a time in the order in
  * which those of floats are added; returns how many rows these were. Each `width` columns have `kept` sums, a
- * power of two if they are fewer, which further columns are added to in turn. `ahead` bytes behind them memory is
- * asked for. Without a detour through a buffer this takes 0.7 of the time. */
+ * power of two if they are fewer, which further columns are added to in turn. `ahead` bytes behind them
+ * memory is asked for. Without a detour through a buffer this takes 0.7 of the time. */
 static inline ptrdiff_t bn_add_rows_of_halves(const uint16_t *x, ptrdiff_t stride, ptrdiff_t rows,
                                               ptrdiff_t columns, const float *center, double *deviations,
                                               double *squares, ptrdiff_t width, ptrdiff_t kept,
