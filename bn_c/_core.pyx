@@ -812,12 +812,16 @@ cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
     """How many pieces of its longest loop have statistics of their own, however many threads there are.
 
     Many planes are independent channels. Rows, and few planes, are cut into pieces, whose moments are merged in
-    order: the bits depend on the arrays alone.
+    order: the bits depend on the arrays alone. A power of two of them is for as many threads, most often.
     """
+    cdef Py_ssize_t pieces
     if is_planes(statistics):
         return 1
-    return max(<Py_ssize_t> 1, min(
-        <Py_ssize_t> PIECES, size_of(statistics) // PIECE, loop_length(statistics, longest_loop(statistics))))
+    pieces = min(
+        <Py_ssize_t> PIECES, size_of(statistics) // PIECE, loop_length(statistics, longest_loop(statistics)))
+    while pieces & (pieces - 1):
+        pieces &= pieces - 1
+    return max(pieces, <Py_ssize_t> 1)
 
 
 cdef void merge_piece(Work *work, const Work *piece) noexcept nogil:
