@@ -59,6 +59,8 @@ cdef extern from "bn_c/half.h" nogil:
 cdef extern from "bn_c/sums.h" nogil:
     ctypedef void widest "BN_WIDEST void"
     ctypedef void inlined "BN_INLINED void"
+    ctypedef void once "BN_ONCE void"
+    ctypedef Py_ssize_t number_once "BN_ONCE Py_ssize_t"
     bint BN_WIDER
     float BN_ONE
     float bn_minus(float a, float b, float one)
@@ -947,7 +949,7 @@ cdef widest add_squares(
         add_block(x, stride, rows, columns, centers.rounded, sums, True, ahead)
 
 
-cdef void add(
+cdef once add(
     Sum kind, const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers, Sums *sums,
     Py_ssize_t ahead,
 ) noexcept nogil:
@@ -1145,7 +1147,7 @@ cdef inline bint is_direct(const View *view) noexcept nogil:
         and (view.outer == 1 or view.inner >= 8 * view.per_row or (view.separate and view.per_row == 1))
 
 
-cdef void add_steps(
+cdef once add_steps(
     const View *view, Sum kind, const float *x, Py_ssize_t stride, Py_ssize_t steps, const Centers *centers, Sums *sums,
     Py_ssize_t ahead,
 ) noexcept nogil:
@@ -1188,7 +1190,7 @@ cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_
     return kept
 
 
-cdef Py_ssize_t add_view(const View *view, Sum kind, const Centers *centers, const Sums *sums) noexcept nogil:
+cdef number_once add_view(const View *view, Sum kind, const Centers *centers, const Sums *sums) noexcept nogil:
     """Adds what a view shows of each channel, and returns how many elements these are."""
     cdef float[BLOCK + LINE] storage
     cdef float *buffer = whole_lines(storage)

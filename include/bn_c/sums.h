@@ -20,7 +20,14 @@ static const volatile float BN_ONE = 1;
 #define BN_WIDEST __attribute__((noinline, target("prefer-vector-width=512")))
 #else
 #define BN_WIDER 0
-#define BN_WIDEST
+#define BN_WIDEST __attribute__((noinline))
+#endif
+
+/* Of functions that compilers would copy for each literal argument: copies make wheels too large. */
+#if defined(__clang__)
+#define BN_ONCE __attribute__((noinline))
+#else
+#define BN_ONCE __attribute__((noinline, noclone))
 #endif
 
 /* Of loops that are made for literal arguments: where compilers are left to choose, some are not. */
