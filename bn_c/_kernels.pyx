@@ -1199,22 +1199,23 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
     cdef bint direct = is_direct(view)
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
-    cdef Py_ssize_t position, table, left, some, filled = 0, n = 0, rows, ahead, far
+    cdef Py_ssize_t position, start, next, table, left, some, filled = 0, n = 0, rows, ahead, far
     cdef const char *x
     cdef const char *mask = NULL
     cdef Centers about = centers[0]
     cdef Sums at = sums[0]
     for position in range(view.outer):
+        start = place(view, &view.x, position)
+        next = place(view, &view.x, position + 1) if direct and position + 1 < view.outer else start
         ahead = ahead_of(view, position)
         far = ahead if view.far else 0
         for table in range(tables):
-            x = view.x.data + place(view, &view.x, position) + table * view.x.channel
+            x = view.x.data + start + table * view.x.channel
             left = view.inner
-            if tables > 1:
-                about = centers_at(centers, kind, table * view.kept)
-                at = sums_at(sums, table * view.kept)
-            if direct and position + 1 < view.outer:
-                bn_prefetch(view.x.data + place(view, &view.x, position + 1) + table * view.x.channel, BN_BEGINNING)
+            about = centers_at(centers, kind, table * view.kept)
+            at = sums_at(sums, table * view.kept)
+            if next != start:
+                bn_prefetch(x + next - start, BN_BEGINNING)
             if direct and view.type == FLOAT32:
                 add_steps(view, kind, <const float *> x, row_stride // 4, left, &about, &at, ahead)
                 n += left
@@ -1256,7 +1257,7 @@ cdef Py_ssize_t add_all(const View *view, const View *rest, Sum kind, const doub
     centers.exact = <double *> whole_lines(<float *> storage)
     begin(view, kind, center, &centers, sums)
     n = add_view(view, kind, &centers, sums)
-    if rest != NULL and rest.outer > 0:
+    if rest != NULL:
         n += add_view(rest, kind, &centers, sums)
     end(view, sums.deviations)
     if kind != DEVIATIONS:
@@ -1273,6 +1274,14 @@ cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t most, Py_ssize_t *x
     return most
 
 
+cdef inline void thin_first(View *sample) noexcept nogil:
+    """Some steps of the first of the outer dimensions."""
+    cdef Py_ssize_t length = sample.first
+    if sample.outer_ndim > 0:
+        sample.first = thinned(length, 8, &sample.x.first, &sample.mask.first)
+        sample.outer = sample.outer // length * sample.first
+
+
 cdef View sample_of(const View *view) noexcept nogil:
     """Some elements of each channel, from all over it."""
     cdef View sample = view[0]
@@ -1283,9 +1292,7 @@ cdef View sample_of(const View *view) noexcept nogil:
         return sample
     if view.channels > 1:
         most = min(most, max(<Py_ssize_t> FEW_ROWS, n // 2))
-    if view.outer_ndim > 0:
-        sample.first = thinned(view.first, 8, &sample.x.first, &sample.mask.first)
-        sample.outer = view.outer // view.first * sample.first
+    thin_first(&sample)
     most = max(<Py_ssize_t> (8 if view.width > 1 else 1), most // view.width // sample.outer)
     sample.inner = thinned(view.inner, most, &sample.x.inner, &sample.mask.inner)
     if view.channels * view.width == 1:
@@ -1311,18 +1318,16 @@ cdef View side_by_side(const View *planes, Py_ssize_t start) noexcept nogil:
 cdef View windows_of(const View *planes) noexcept nogil:
     """Runs of COLUMNS elements, eight of each channel or more, from all over its planes."""
     cdef View sample = side_by_side(planes, 0)
-    cdef Py_ssize_t places = planes.inner - COLUMNS, mask = 0
+    cdef Py_ssize_t places = planes.inner - COLUMNS
     if sample.inner >= 4:
-        sample.inner = thinned(sample.inner, 8, &sample.x.inner, &mask)
+        sample.inner = thinned(sample.inner, 8, &sample.x.inner, &sample.mask.inner)
     else:
         sample = planes[0]
         sample.inner = 7 // planes.outer + 1
         sample.x.inner = 0
     if sample.inner > 1:
         sample.x.inner += places // (sample.inner - 1) * sample.number
-    if sample.outer_ndim > 0:
-        sample.first = thinned(sample.first, 8, &sample.x.first, &mask)
-        sample.outer = sample.outer // planes.first * sample.first
+    thin_first(&sample)
     sample.far = False
     sample.separate = True
     sample.width = sample.kept = COLUMNS
@@ -1394,8 +1399,8 @@ cdef inline Py_ssize_t read_together(const Job *job) noexcept nogil:
 cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil:
     """The elements of each channel that count; their mean, and the sum of their squared deviations from it."""
     cdef View planes = view_of(job), view = planes, rest = planes, sample
+    cdef const View *left_over = NULL
     cdef Py_ssize_t first = 0, most = 1, n = 0, eights = job.inner // PLANE * PLANE
-    rest.outer = 0
     if job.channels_last:
         most = WIDEST
         view.per_row = COLUMNS
@@ -1418,18 +1423,17 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
         if is_direct(&view):
             most = read_together(job)
             rest = side_by_side(&planes, eights)
-            if rest.inner < 8 or rest.width == 0:
-                rest.outer = 0
-            else:
+            if rest.inner >= 8 and rest.width > 0:
                 view.inner = eights
-    view.channels = planes.channels = min(most, job.channels)
+                left_over = &rest
+    view.channels = min(most, job.channels)
     if view.mask.data == NULL and (view.separate or in_strips(&view)) and planes.outer * planes.inner > FEW_ROWS:
         sample = windows_of(&planes)
     else:
         sample = sample_of(&view)
     while first < job.channels:
         view.channels = rest.channels = sample.channels = min(most, job.channels - first)
-        n = view_moments(&view, &rest, &sample, mean + first, m2 + first)
+        n = view_moments(&view, left_over, &sample, mean + first, m2 + first)
         first += most
         view.x.data += most * job.x.channel
         rest.x.data += most * job.x.channel
