@@ -49,7 +49,7 @@ cdef extern from "bn_c/half.h" nogil:
         float high
     Py_ssize_t bn_normalize_halves(
         bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t x_row, Py_ssize_t residual_row,
-        Py_ssize_t y_row, int step, int next, int stream, int far)
+        Py_ssize_t y_row, int step, int next, int stream)
     Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
@@ -96,6 +96,8 @@ ctypedef fused repeated_as:
     double
 
 cdef enum:
+    AHEAD = 2048        # bytes, with the gaps, that rows which lie apart are asked for ahead: the best of 0 .. 16384
+    GAP = 256           # bytes between rows from which on the next one is not seen coming
     CHUNK = 512         # elements that pass through a buffer at a time: the best of 64 .. 1024
     PAGE = 1024         # floats of a page
     LINE = 16           # floats of a cache line
@@ -122,6 +124,22 @@ cdef float NOT_A_NUMBER = float("nan")
 
 
 # ---- loading and storing: any type and strides, to and from a buffer of floats ----------------------
+
+cdef inline bint lie_apart(Py_ssize_t stride, Py_ssize_t bytes) noexcept nogil:
+    """Whether from memory each row has to be asked for."""
+    return not bytes <= stride < bytes + GAP
+
+
+cdef inline Py_ssize_t rows_ahead(Py_ssize_t stride, Py_ssize_t some) noexcept nogil:
+    """How many rows before it is read a row that lies apart is asked for, where `some` are taken at a time."""
+    return max(some, AHEAD // max(magnitude(stride), <Py_ssize_t> 1))
+
+
+cdef void prefetch_rows(const char *x, Py_ssize_t stride, Py_ssize_t bytes, Py_ssize_t rows) noexcept nogil:
+    cdef Py_ssize_t row
+    for row in range(rows):
+        bn_prefetch_far(x + row * stride, bytes)
+
 
 cdef inline bint is_run(const Operand *operand, Py_ssize_t stride) noexcept nogil:
     return operand.type == FLOAT32 and stride == 4
@@ -419,12 +437,11 @@ cdef bn_row_of_halves row_of_halves(
 
 cdef Py_ssize_t normalize_halves(
     bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, const Steps *row, int step, bint next_channel, bint stream,
-    bint far,
 ) noexcept nogil:
     """Halves to halves where the CPU converts; returns how many elements were done."""
     if step:
-        return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 1, next_channel, stream, far)
-    return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 0, next_channel, stream, far)
+        return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 1, next_channel, stream)
+    return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 0, next_channel, stream)
 
 
 cdef void normalize_wide(
@@ -646,7 +663,7 @@ cdef void normalize_run(
         if walk.halves:
             done = normalize_halves(
                 row_of_halves(job, &at, center + phase, scale + phase, shift + phase), 1, n, &walk.row, walk.step, False,
-                job.stream, False)
+                job.stream)
             move(&at, &walk.element, done)
             phase += done * walk.step
         if done < n:
@@ -665,23 +682,25 @@ cdef void normalize_table(
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
 ) noexcept nogil:
     """Rows one step from each other."""
+    cdef bint all_floats = everywhere(job, &walk.over_rows)
+    cdef bint all_halves = walk.halves and columns >= FEW and (walk.short_rows or walk.whole_lines or not job.stream)
     cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2
-    cdef Py_ssize_t some = 1 if one_by_one else CHUNK // columns
-    if everywhere(job, &walk.over_rows):
-        normalize_floats(
-            <const float *> at.x, <const float *> at.residual, <float *> at.out, rows * columns, &walk.over_rows.rows,
-            center, scale, shift, walk.step, &job.activation)
-        return
-    if walk.halves and columns >= FEW and (walk.short_rows or walk.whole_lines or not job.stream):
-        normalize_halves(
-            row_of_halves(job, &at, center, scale, shift), rows, columns, &walk.row, walk.step,
-            walk.over_rows.rows.next_channel, job.stream and walk.whole_lines, walk.far and walk.short_rows)
-        return
+    cdef bint apart = walk.far and walk.short_rows and lie_apart(walk.row.x, columns * walk.element.x)
+    cdef Py_ssize_t some = rows if (all_floats or all_halves) and not apart else 1 if one_by_one else CHUNK // columns
+    cdef Py_ssize_t ahead = rows_ahead(walk.row.x, some)
     while rows > 0:
         some = min(some, rows)
-        if one_by_one:
-            if walk.far and walk.short_rows and walk.row.x != columns * walk.element.x:
-                bn_prefetch_far(at.x + walk.row.x, columns * walk.element.x)
+        if apart:
+            prefetch_rows(at.x + ahead * walk.row.x, walk.row.x, columns * walk.element.x, min(some, rows - ahead))
+        if all_floats:
+            normalize_floats(
+                <const float *> at.x, <const float *> at.residual, <float *> at.out, some * columns, &walk.over_rows.rows,
+                center, scale, shift, walk.step, &job.activation)
+        elif all_halves:
+            normalize_halves(
+                row_of_halves(job, &at, center, scale, shift), some, columns, &walk.row, walk.step,
+                walk.over_rows.rows.next_channel, job.stream and walk.whole_lines)
+        elif one_by_one:
             normalize_run(job, walk, at, columns, center, scale, shift, columns, first)
         else:
             normalize_chunk(job, walk, &walk.over_rows, at, some, columns, center, scale, shift, first)
@@ -1197,9 +1216,13 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
     cdef Py_ssize_t numbers = numbers_of(view), columns = numbers * view.per_row
     cdef Py_ssize_t row_stride = view.per_row * view.x.inner, tables = view.channels if view.separate else 1
     cdef bint direct = is_direct(view)
+    # Of planes eight rows are read at once, and then the next plane's: no gap is too small.
+    cdef bint apart = view.far and 0 < view.number <= 8 and view.x.inner != numbers * view.number \
+        and (view.width > 1 or lie_apart(view.x.inner, numbers * view.number))
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
     cdef Py_ssize_t position, start, next, table, left, some, filled = 0, n = 0, rows, ahead, far
+    cdef Py_ssize_t later = rows_ahead(view.x.inner, most)
     cdef const char *x
     cdef const char *mask = NULL
     cdef Centers about = centers[0]
@@ -1214,23 +1237,32 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
             left = view.inner
             about = centers_at(centers, kind, table * view.kept)
             at = sums_at(sums, table * view.kept)
-            if next != start:
+            if next != start and apart:
+                prefetch_rows(x + next - start, view.x.inner, numbers * view.number, min(left, later))
+            elif next != start:
                 bn_prefetch(x + next - start, BN_BEGINNING)
-            if direct and view.type == FLOAT32:
-                add_steps(view, kind, <const float *> x, row_stride // 4, left, &about, &at, ahead)
-                n += left
-                left = 0
-            elif direct and kind == SQUARES:
-                rows = bn_add_rows_of_halves(
-                    <const uint16_t *> x, row_stride // 2, left // view.per_row, columns, about.rounded, at.deviations,
-                    at.squares, view.width if in_strips(view) else columns, view.kept if in_strips(view) else columns, far)
-                x += rows * row_stride
-                left -= rows * view.per_row
-                n += rows * view.per_row
-            elif view.mask.data != NULL:
+            if view.mask.data != NULL:
                 mask = view.mask.data + place(view, &view.mask, position)
             while left > 0:
-                some = min(left, most - filled)
+                some = left if direct and not apart else min(left, most - filled)
+                if apart:
+                    prefetch_rows(x + later * view.x.inner, view.x.inner, numbers * view.number, min(some, left - later))
+                rows = 0
+                if direct and view.type == FLOAT32:
+                    add_steps(view, kind, <const float *> x, row_stride // 4, some, &about, &at, ahead)
+                    rows = some
+                elif direct and kind == SQUARES:
+                    rows = bn_add_rows_of_halves(
+                        <const uint16_t *> x, row_stride // 2, some // view.per_row, columns, about.rounded, at.deviations,
+                        at.squares, view.width if in_strips(view) else columns, view.kept if in_strips(view) else columns,
+                        far) * view.per_row
+                n += rows
+                x += rows * view.x.inner
+                left -= rows
+                some -= rows
+                if some == 0:
+                    continue
+                some = min(some, most - filled)
                 if far != 0:
                     bn_prefetch_far(x + far, some * view.x.inner)
                 load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
@@ -1390,6 +1422,13 @@ cdef View view_of(const Job *job) noexcept nogil:
     return view
 
 
+cdef inline bint rows_are_near(const View *planes) noexcept nogil:
+    """Whether the rows of a plane with gaps can be added eight at a time: as they lie, and from the smallest L1."""
+    cdef int last = planes.outer_ndim - 1
+    return last >= 0 and planes.outer_shape[last] >= 8 and magnitude(planes.x.outer[last]) < 1 << 14 \
+        and planes.inner <= WIDEST and is_float(planes.type) and planes.number == size_of_type(planes.type)
+
+
 cdef inline Py_ssize_t read_together(const Job *job) noexcept nogil:
     """How many channels with COLUMNS sums each are."""
     cdef Py_ssize_t bytes = job.inner * job.outer * size_of_type(job.x.type)
@@ -1408,7 +1447,7 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
             job.channels * (view.per_row // 2) % COLUMNS == 0 or view.per_row * job.channels > WIDEST
         ):
             view.per_row //= 2
-    elif view.mask.data == NULL and job.inner <= PLANE:
+    elif view.mask.data == NULL and (job.inner <= PLANE or rows_are_near(&planes)):
         # Planes are short: their elements are columns, of several channels that follow each other.
         view = side_by_side(&planes, 0)
         most = WIDEST // job.inner

@@ -279,22 +279,18 @@ static inline void bn_move(bn_row_of_halves *r, ptrdiff_t x, ptrdiff_t residual,
 
 /* Rows from the first one on, that lie so many bytes apart, halves to halves without a detour through memory,
  * if a row is a vector at least; returns how many elements were done, all or none. `step` is 1 where each
- * element of a row has its own coefficients, 0 where all have one; the next row's follow `next` behind. `far`
- * rows are asked for while the one before is done, unless they are joined.
+ * element of a row has its own coefficients, 0 where all have one; the next row's follow `next` behind.
  * Not inlined: copies for each caller made wheels too large. */
 static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of_halves r, ptrdiff_t rows,
                                                                        ptrdiff_t columns, ptrdiff_t x_row,
                                                                        ptrdiff_t residual_row,
                                                                        ptrdiff_t y_row, const int step,
-                                                                       int next, int stream, int far)
+                                                                       int next, int stream)
 {
 #if BN_CONVERTS_HALVES
     if (columns < BN_LANES)
         return 0;
-    far = far && x_row != columns * (ptrdiff_t)sizeof(uint16_t);
     for (ptrdiff_t row = 0; row < rows; row++) {
-        if (far)
-            bn_prefetch_far((const char *)r.x + x_row, columns * (ptrdiff_t)sizeof(uint16_t));
         if (r.residual)
             bn_normalize_row_of_halves(r, columns, step, 1, stream);
         else
