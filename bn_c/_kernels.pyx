@@ -30,7 +30,7 @@ from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
-    Activation, Coefficients, Job, Kernels, Operand, magnitude, size_of_type,
+    MAX_NDIM, Activation, Coefficients, Job, Kernels, Operand, magnitude, size_of_type,
 )
 from bn_c._images cimport normalize_images
 
@@ -113,6 +113,7 @@ cdef enum:
     PLANE = 8 * COLUMNS  # elements of a plane that are eight rows
     GROUP = 1 << 18     # bytes of channels that are read together: L2 still holds what is beside the sample
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
+    PLACES = 64         # in the outer dimensions, from which these are at most
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
 
 cdef enum Sum:
@@ -470,19 +471,18 @@ cdef inline void move(Place *at, const Steps *step, Py_ssize_t n) noexcept nogil
 
 
 cdef inline Py_ssize_t outer_offset(
-    int ndim, const Py_ssize_t *shape, const Py_ssize_t *strides, Py_ssize_t first, Py_ssize_t position,
+    int ndim, const Py_ssize_t *shape, const Py_ssize_t *strides, Py_ssize_t position,
 ) noexcept nogil:
-    """`first` is the stride of the first of the dimensions."""
     cdef Py_ssize_t offset = 0
     cdef int d
     for d in range(ndim - 1, 0, -1):
         offset += position % shape[d] * strides[d]
         position //= shape[d]
-    return offset + position * first
+    return offset + position * strides[0]
 
 
 cdef Py_ssize_t offset_in(const Job *job, const Operand *operand, Py_ssize_t position) noexcept nogil:
-    return outer_offset(job.outer_ndim, &job.outer_shape[0], &operand.outer[0], operand.outer[0], position)
+    return outer_offset(job.outer_ndim, &job.outer_shape[0], &operand.outer[0], position)
 
 
 cdef Place outer_place(const Job *job, Py_ssize_t position) noexcept nogil:
@@ -868,7 +868,6 @@ cdef struct Positions:
     const char *data
     Py_ssize_t channel              # from one to the next
     Py_ssize_t inner
-    Py_ssize_t first                # of the outer dimensions
     const Py_ssize_t *outer
 
 
@@ -885,7 +884,6 @@ cdef struct View:
     Py_ssize_t inner
     Py_ssize_t outer
     int outer_ndim
-    Py_ssize_t first                # length of the first outer dimension
     const Py_ssize_t *outer_shape
     bint far                        # x comes from memory
     Positions x
@@ -1146,7 +1144,7 @@ cdef void end(const View *view, double *sums) noexcept nogil:
 
 
 cdef Py_ssize_t place(const View *view, const Positions *array, Py_ssize_t position) noexcept nogil:
-    return outer_offset(view.outer_ndim, view.outer_shape, array.outer, array.first, position)
+    return outer_offset(view.outer_ndim, view.outer_shape, array.outer, position)
 
 
 cdef inline Py_ssize_t numbers_of(const View *view) noexcept nogil:
@@ -1306,15 +1304,29 @@ cdef inline Py_ssize_t thinned(Py_ssize_t length, Py_ssize_t most, Py_ssize_t *x
     return most
 
 
-cdef inline void thin_first(View *sample) noexcept nogil:
-    """Some steps of the first of the outer dimensions."""
-    cdef Py_ssize_t length = sample.first
-    if sample.outer_ndim > 0:
-        sample.first = thinned(length, 8, &sample.x.first, &sample.mask.first)
-        sample.outer = sample.outer // length * sample.first
+cdef struct Thinned:
+    # The outer dimensions of a sample.
+    Py_ssize_t[MAX_NDIM] shape
+    Py_ssize_t[MAX_NDIM] x
+    Py_ssize_t[MAX_NDIM] mask
 
 
-cdef View sample_of(const View *view) noexcept nogil:
+cdef void thin_outer(View *sample, Thinned *outer) noexcept nogil:
+    """Eight steps of each outer dimension at most, and not more than PLACES of all."""
+    cdef int d
+    sample.outer = 1
+    for d in range(sample.outer_ndim):
+        outer.x[d] = sample.x.outer[d]
+        outer.mask[d] = sample.mask.outer[d]
+        outer.shape[d] = thinned(
+            sample.outer_shape[d], min(<Py_ssize_t> 8, PLACES // sample.outer), &outer.x[d], &outer.mask[d])
+        sample.outer *= outer.shape[d]
+    sample.outer_shape = &outer.shape[0]
+    sample.x.outer = &outer.x[0]
+    sample.mask.outer = &outer.mask[0]
+
+
+cdef View sample_of(const View *view, Thinned *outer) noexcept nogil:
     """Some elements of each channel, from all over it."""
     cdef View sample = view[0]
     cdef Py_ssize_t n = view.outer * view.inner * view.width
@@ -1324,7 +1336,7 @@ cdef View sample_of(const View *view) noexcept nogil:
         return sample
     if view.channels > 1:
         most = min(most, max(<Py_ssize_t> FEW_ROWS, n // 2))
-    thin_first(&sample)
+    thin_outer(&sample, outer)
     most = max(<Py_ssize_t> (8 if view.width > 1 else 1), most // view.width // sample.outer)
     sample.inner = thinned(view.inner, most, &sample.x.inner, &sample.mask.inner)
     if view.channels * view.width == 1:
@@ -1347,7 +1359,7 @@ cdef View side_by_side(const View *planes, Py_ssize_t start) noexcept nogil:
     return view
 
 
-cdef View windows_of(const View *planes) noexcept nogil:
+cdef View windows_of(const View *planes, Thinned *outer) noexcept nogil:
     """Runs of COLUMNS elements, eight of each channel or more, from all over its planes."""
     cdef View sample = side_by_side(planes, 0)
     cdef Py_ssize_t places = planes.inner - COLUMNS
@@ -1359,7 +1371,7 @@ cdef View windows_of(const View *planes) noexcept nogil:
         sample.x.inner = 0
     if sample.inner > 1:
         sample.x.inner += places // (sample.inner - 1) * sample.number
-    thin_first(&sample)
+    thin_outer(&sample, outer)
     sample.far = False
     sample.separate = True
     sample.width = sample.kept = COLUMNS
@@ -1415,10 +1427,9 @@ cdef View view_of(const Job *job) noexcept nogil:
     view.outer = job.outer
     view.outer_ndim = job.outer_ndim
     view.outer_shape = &job.outer_shape[0]
-    view.first = job.outer_shape[0] if job.outer_ndim > 0 else 1
     view.number = job.x.channel if job.channels_last else job.x.inner
-    view.x = Positions(job.x.data, job.x.channel, job.x.inner, job.x.outer[0], &job.x.outer[0])
-    view.mask = Positions(job.residual.data, 0, job.residual.inner, job.residual.outer[0], &job.residual.outer[0])
+    view.x = Positions(job.x.data, job.x.channel, job.x.inner, &job.x.outer[0])
+    view.mask = Positions(job.residual.data, 0, job.residual.inner, &job.residual.outer[0])
     return view
 
 
@@ -1438,6 +1449,7 @@ cdef inline Py_ssize_t read_together(const Job *job) noexcept nogil:
 cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil:
     """The elements of each channel that count; their mean, and the sum of their squared deviations from it."""
     cdef View planes = view_of(job), view = planes, rest = planes, sample
+    cdef Thinned thinned_outer
     cdef const View *left_over = NULL
     cdef Py_ssize_t first = 0, most = 1, n = 0, eights = job.inner // PLANE * PLANE
     if job.channels_last:
@@ -1467,9 +1479,9 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
                 left_over = &rest
     view.channels = min(most, job.channels)
     if view.mask.data == NULL and (view.separate or in_strips(&view)) and planes.outer * planes.inner > FEW_ROWS:
-        sample = windows_of(&planes)
+        sample = windows_of(&planes, &thinned_outer)
     else:
-        sample = sample_of(&view)
+        sample = sample_of(&view, &thinned_outer)
     while first < job.channels:
         view.channels = rest.channels = sample.channels = min(most, job.channels - first)
         n = view_moments(&view, left_over, &sample, mean + first, m2 + first)

@@ -180,7 +180,7 @@ cdef inline int widest_loop(const Job *job) noexcept nogil:
 
 cdef inline int longest_loop(const Job *job) noexcept nogil:
     """The loop over elements of one channel that is best cut into parts."""
-    return OUTER if loop_length(job, OUTER) >= min(job.inner, <Py_ssize_t> 64) else INNER
+    return OUTER if loop_length(job, OUTER) >= min(job.inner, <Py_ssize_t> 8) else INNER
 
 
 cdef inline void shift(Operand *operand, Py_ssize_t stride, Py_ssize_t start) noexcept nogil:
