@@ -84,6 +84,7 @@ cdef enum:
     ABSENT = -1
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
+    ROWS = 1 << 12              # of a channel, from which on two halves of one are: samples are a small part of them
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
     UNIT = 1 << 18              # bytes of channels from memory that are normalised while they are still in L2
@@ -91,7 +92,7 @@ cdef enum:
 
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t caches = 0                  # bytes of the last one, of which a call may have three quarters
-# Elements, those of two passes twice: below, waking threads (some 30 us) costs more than they do; below half of
+# Elements, for each pass over x: below, waking threads (some 30 us) costs more than they do; below half of
 # that, so do threads that are awake.
 cdef Py_ssize_t parallel_from = 1 << 20
 cdef Py_ssize_t calls_between = 0           # on so many that only threads that are awake repay
@@ -792,10 +793,11 @@ cdef bint repays_threads(Py_ssize_t size) except -1:
     return bn_add(&calls_between, 1) % 16 == 0 or _threads.are_awake()
 
 
-cdef int run_parts(Work *work, int loop, int threads) except -1:
-    """Runs all of the work; with several threads, in parts of one of its loops. 0 threads are the default's."""
+cdef int run_parts(Work *work, int loop, int passes, int threads) except -1:
+    """Runs all of the work, of a call with so many passes over x; with several threads, in parts of one of its loops.
+    0 threads are the default's."""
     cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
-    cdef Py_ssize_t size = size_of(job) * (2 if work.task == BOTH else 1)
+    cdef Py_ssize_t size = size_of(job) * passes
     if threads == 0:
         threads = _threads.get_num_threads() if size >= parallel_from // 2 else 1
     if threads > 1 and repays_threads(size):
@@ -814,11 +816,12 @@ cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
     Many planes are independent channels. Rows, and few planes, are cut into pieces, whose moments are merged in
     order: the bits depend on the arrays alone. A power of two of them is for as many threads, most often.
     """
-    cdef Py_ssize_t pieces
+    cdef Py_ssize_t size = size_of(statistics), pieces = min(<Py_ssize_t> PIECES, size // PIECE)
     if is_planes(statistics):
         return 1
-    pieces = min(
-        <Py_ssize_t> PIECES, size_of(statistics) // PIECE, loop_length(statistics, longest_loop(statistics)))
+    if pieces == 1 and size // statistics.channels >= ROWS:
+        pieces = 2
+    pieces = min(pieces, loop_length(statistics, longest_loop(statistics)))
     while pieces & (pieces - 1):
         pieces &= pieces - 1
     return max(pieces, <Py_ssize_t> 1)
@@ -839,28 +842,43 @@ cdef void merge_piece(Work *work, const Work *piece) noexcept nogil:
     bn_fp_leave(&state)
 
 
-cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -1:
-    """The statistics."""
+cdef void run_pieces(Work *work, Py_ssize_t pieces, double *scratch) noexcept nogil:
+    """The statistics, piece by piece; `scratch` is for the means and m2 of one."""
+    cdef Work piece
+    cdef Py_ssize_t index
+    for index in range(pieces):
+        piece = part_of_work(work, longest_loop(&work.statistics), index, pieces)
+        piece.mean = scratch
+        piece.m2 = scratch + work.statistics.channels
+        run(&piece)
+        merge_piece(work, &piece)
+
+
+cdef int run_moments(Work *work, double *mean, double *m2, int passes, int threads) except -1:
+    """The statistics, by a call with so many passes over x."""
     cdef const Job *job = &work.statistics
     cdef Py_ssize_t pieces = pieces_of(job), index
-    cdef int loop = longest_loop(job)
     cdef double[:, :, ::1] moments
     cdef Works parts
     work.task = MOMENTS
     work.mean = mean
     work.m2 = m2
-    if pieces < 2:
-        run_parts(work, CHANNELS, threads if is_planes(job) else 1)
-        return 0
-    moments = np.empty((pieces, 2, job.channels))
-    parts = parts_of(work, loop, pieces)
-    for index in range(pieces):
-        parts.works[index].mean = &moments[index, 0, 0]
-        parts.works[index].m2 = &moments[index, 1, 0]
-    _threads.run(parts, threads if threads > 1 and repays_threads(size_of(job)) else 1)
     work.counted = 0
-    for index in range(pieces):
-        merge_piece(work, &parts.works[index])
+    if pieces < 2:
+        run_parts(work, CHANNELS, passes, threads if is_planes(job) else 1)
+    elif threads > 1 and repays_threads(size_of(job) * passes):
+        moments = np.empty((pieces, 2, job.channels))
+        parts = parts_of(work, longest_loop(job), pieces)
+        for index in range(pieces):
+            parts.works[index].mean = &moments[index, 0, 0]
+            parts.works[index].m2 = &moments[index, 1, 0]
+        _threads.run(parts, threads)
+        for index in range(pieces):
+            merge_piece(work, &parts.works[index])
+    else:
+        moments = np.empty((1, 2, job.channels))
+        with nogil:
+            run_pieces(work, pieces, &moments[0, 0, 0])
     return 0
 
 
@@ -872,15 +890,15 @@ cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1
     work.count = folded.count
     if is_planes(&work.job):
         work.task = BOTH
-        run_parts(work, CHANNELS, threads)
+        run_parts(work, CHANNELS, 2, threads)
         return 0
-    run_moments(work, folded.row(MEAN), work.m2, threads)
+    run_moments(work, folded.row(MEAN), work.m2, 2, threads)
     bn_fp_enter(&state)
     fold_moments(&folded.k, folded.channels, work.m2, work.count, eps)
     bn_fp_leave(&state)
     work.job.coefficients = folded.k
     work.task = NORMALIZE
-    run_parts(work, widest_loop(&work.job), threads)
+    run_parts(work, widest_loop(&work.job), 2, threads)
     return 0
 
 
@@ -952,7 +970,7 @@ cdef object forward(
         run_batch(&work, folded, eps, threads)
     else:
         work.task = NORMALIZE
-        run_parts(&work, widest_loop(job), threads)
+        run_parts(&work, widest_loop(job), 1, threads)
     return out
 
 
@@ -1044,7 +1062,7 @@ def moments(x, mask, Py_ssize_t counted, Py_ssize_t axis, channels, int threads)
     if count > 0:
         result = table
         lay_out_statistics(job, &arrays, at, arrays.x.len)
-        run_moments(&work, &result[0, 0], &result[1, 0], threads)
+        run_moments(&work, &result[0, 0], &result[1, 0], 1, threads)
     return count, table[0], table[1]
 
 
@@ -1410,9 +1428,9 @@ cdef int normalize_from_c(
 
 cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *mean, double *m2) noexcept nogil:
     cdef Arrays arrays
-    cdef Work work, piece
+    cdef Work work
     cdef Job *job = &work.statistics
-    cdef Py_ssize_t channels, pieces = 1, index
+    cdef Py_ssize_t channels, pieces
     cdef double *scratch = NULL
     cdef int at, error
     if count == NULL or mean == NULL or m2 == NULL:
@@ -1444,14 +1462,9 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
     work.counted = 0
     if pieces == 1:
         run(&work)
-        return BN_OK
-    for index in range(pieces):
-        piece = part_of_work(&work, longest_loop(job), index, pieces)
-        piece.mean = scratch
-        piece.m2 = scratch + channels
-        run(&piece)
-        merge_piece(&work, &piece)
-    free(scratch)
+    else:
+        run_pieces(&work, pieces, scratch)
+        free(scratch)
     return BN_OK
 
 
