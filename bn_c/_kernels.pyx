@@ -509,7 +509,7 @@ cdef struct Walk:
     Steps element
     Steps row
     bint halves
-    bint far                        # x comes from memory, and all of its lines count
+    bint far                        # x comes from memory, and nothing lies between its elements: else CPUs see it coming
     bint short_rows                 # those of y: a page at most
     bint whole_lines                # those of y
     Loop over_run                   # over elements of one row, or of several that are joined in all arrays
@@ -562,7 +562,7 @@ cdef Walk walk_of(
     walk.step = step
     walk.element = element
     walk.row = row
-    walk.far = job.far and 0 < element.x <= 8
+    walk.far = job.far and element.x == size_of_type(job.x.type)
     walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
     walk.whole_lines = columns * element.out % (4 * LINE) == 0
     walk.halves = are_halves(job, &element)
@@ -685,7 +685,8 @@ cdef void normalize_table(
     cdef bint all_floats = everywhere(job, &walk.over_rows)
     cdef bint all_halves = walk.halves and columns >= FEW and (walk.short_rows or walk.whole_lines or not job.stream)
     cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2
-    cdef bint apart = walk.far and walk.short_rows and lie_apart(walk.row.x, columns * walk.element.x)
+    cdef bint apart = job.far and walk.short_rows and 0 < walk.element.x <= 8 \
+        and lie_apart(walk.row.x, columns * walk.element.x)
     cdef Py_ssize_t some = rows if (all_floats or all_halves) and not apart else 1 if one_by_one else CHUNK // columns
     cdef Py_ssize_t ahead = rows_ahead(walk.row.x, some)
     while rows > 0:
@@ -1184,10 +1185,10 @@ cdef Py_ssize_t ahead_of(const View *view, Py_ssize_t position) noexcept nogil:
     """From x at that position to what memory is to be asked for meanwhile.
 
     That is the same place of a later plane, or of this one if it is long. What caches hold is worth asking for in a
-    plane only, eight rows before it is read; strided rows never are.
+    plane only, eight rows before it is read; what has gaps never is: CPUs see it coming.
     """
     cdef Py_ssize_t numbers = numbers_of(view), plane = view.inner * view.x.inner, later
-    if view.x.inner != numbers * view.number:
+    if view.x.inner != numbers * view.number or view.number != size_of_type(view.type):
         return 0
     if not view.far:
         return NEXT if numbers * view.per_row == COLUMNS else 0
