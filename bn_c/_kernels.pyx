@@ -30,7 +30,7 @@ from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
-    MAX_NDIM, Activation, Coefficients, Job, Kernels, Operand, magnitude, size_of_type,
+    MAX_NDIM, Activation, Coefficients, Job, Kernels, Operand, magnitude, outer_in_plane, size_of_type,
 )
 from bn_c._images cimport normalize_images
 
@@ -796,14 +796,10 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
     """In the order of x in memory: outer loops of shorter strides than the channels' run inside these."""
     cdef const Coefficients *k = &job.coefficients
     cdef Steps channel = channel_steps(job)
-    cdef int last = job.outer_ndim - 1, d = last
-    cdef Py_ssize_t inside = 1, run = 1, position = 0, c, i
+    cdef int last = job.outer_ndim - 1
+    cdef Py_ssize_t inside = outer_in_plane(job), run, position = 0, c, i
     cdef Walk walk
     cdef Place at
-    while d >= 0 and magnitude(job.x.outer[d]) < magnitude(job.x.channel):
-        inside *= job.outer_shape[d]
-        run = job.outer_shape[last]
-        d -= 1
     if inside == 1:
         walk = walk_of(job, 0, inner_steps(job), channel, job.inner, job.inner, True)
         for position in range(job.outer):
@@ -815,6 +811,7 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
             normalize_table(
                 job, &walk, outer_place(job, position), job.channels, job.inner, k.center, k.scale, k.shift, 0)
         return
+    run = job.outer_shape[last]
     walk = walk_of(
         job, 0, inner_steps(job), steps_of(job.x.outer[last], job.residual.outer[last], job.out.outer[last]),
         job.inner, job.inner, False)

@@ -150,6 +150,16 @@ cdef inline void lay_out(
     job.channels_last = job.channels > 1 and (job.inner == 1 or magnitude(job.x.channel) < magnitude(job.x.inner))
 
 
+cdef inline Py_ssize_t outer_in_plane(const Job *job) noexcept nogil:
+    """How many of the outer positions are in one plane: those of loops with shorter strides than the channels'."""
+    cdef Py_ssize_t n = 1
+    cdef int d = job.outer_ndim - 1
+    while d >= 0 and magnitude(job.x.outer[d]) < magnitude(job.x.channel):
+        n *= job.outer_shape[d]
+        d -= 1
+    return n
+
+
 cdef enum Loop:
     OUTER           # the first of the outer dimensions
     INNER

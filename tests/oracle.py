@@ -207,6 +207,14 @@ def received(thing):
 
 
 # Of arrays of rank 3 and more, channels on axis 1.
+# Lines of pictures with gaps between them, or between what is in them.
+GAPS = {
+    "crop": lambda x: scattered(x, pads=(*(0,) * (x.ndim - 1), 2)),
+    "every second line": lambda x: scattered(x, steps=(*(1,) * (x.ndim - 2), 2, 1)),
+    "lines from below": lambda x: scattered(x, steps=(*(1,) * (x.ndim - 2), -1, 1)),
+    "every second of both": lambda x: scattered(x, steps=(*(1,) * (x.ndim - 2), 2, 2)),
+    "every second element": lambda x: scattered(x, steps=(*(1,) * (x.ndim - 1), 2)),
+}
 LAYOUTS = {
     "c": lambda x: scattered(x),
     "fortran": lambda x: scattered(x, order=range(x.ndim)[::-1]),

@@ -9,6 +9,7 @@ from oracle import (
     ACTIVATIONS,
     BLOCKS,
     FLOATS,
+    GAPS,
     INTEGERS,
     LANES,
     LAYOUTS,
@@ -71,6 +72,18 @@ def test_many_short_planes(caches, batch, outer, plane, dtype, order, rng):
 )
 def test_more_than_one_cache_of_planes(caches, batch, shape, num_threads, rng):
     check(values(rng, shape), batch=batch, num_threads=num_threads, **parameters(rng, shape[1]))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", GAPS)
+def test_lines_with_gaps(caches, batch, layout, dtype, rng):
+    """Short and long ones, of planes and of channels; those from memory are asked for."""
+    for width in (1, 7, 31, 64, 112, 257, 513, 1031):
+        x, residual = (values(rng, (2, 3, 23, width), dtype) for _ in range(2))
+        x = GAPS[layout](x)
+        for added in (None, residual):
+            check(x, batch=batch, residual=added, **parameters(rng, 3))
+            check(x, batch=batch, residual=added, axis=-1, **parameters(rng, width))
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])

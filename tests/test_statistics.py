@@ -11,6 +11,7 @@ from oracle import (
     BLOCKS,
     DOUBLE_ERROR,
     FLOATS,
+    GAPS,
     INTEGERS,
     LANES,
     LAYOUTS,
@@ -60,6 +61,30 @@ def test_sizes_of_planes(isa, images, dtype, rng):
         assert_exact(x[:, ::2])
         assert_exact(np.repeat(x, 2, 2)[..., ::2])
         assert_exact(np.concatenate([x, x], 2)[..., :size])
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
+@pytest.mark.parametrize("layout", GAPS)
+def test_lines_with_gaps(caches, layout, dtype, rng):
+    """Eight at a time, in strips, from above and below the lengths that are; the next ones are asked for."""
+    for width in (1, 7, 31, 65, 112, 255, 257, 300, 511, 512, 513):
+        for lines in (1, 7, 8, 41):
+            assert_exact(GAPS[layout](values(rng, (3, 2, lines, width), dtype, offset=20)))
+    assert_exact(GAPS[layout](values(rng, (2, 37, 41, 19), dtype)), axis=-1)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [(16, 40, 41, 20), (2, 200, 41, 33), (1, 3, 401, 403), (9, 3, 150, 97), (3, 2, 5, 71, 251)]
+)
+def test_pieces_with_gaps(caches, shape, num_threads, rng):
+    """Cut along the first loop if it is long enough; samples come from all loops."""
+    x = values(rng, shape)
+    for axis in (1, -1):
+        assert_exact(x, axis, num_threads)
+        for layout in GAPS.values():
+            assert_exact(layout(x), axis, num_threads)
+            assert_exact(np.moveaxis(layout(np.moveaxis(x, 1, -1)), -1, 1), axis, num_threads)
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f2"])
