@@ -509,7 +509,7 @@ cdef struct Walk:
     Steps element
     Steps row
     bint halves
-    bint far                        # x comes from memory, and nothing lies between its elements: else CPUs see it coming
+    bint far                        # x comes from memory, which is asked ahead: not short planes, nor what has gaps
     bint short_rows                 # those of y: a page at most
     bint whole_lines                # those of y
     Loop over_run                   # over elements of one row, or of several that are joined in all arrays
@@ -562,7 +562,7 @@ cdef Walk walk_of(
     walk.step = step
     walk.element = element
     walk.row = row
-    walk.far = job.far and element.x == size_of_type(job.x.type)
+    walk.far = job.far and element.x == size_of_type(job.x.type) and (step == 1 or columns * element.x > BN_FAR)
     walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
     walk.whole_lines = columns * element.out % (4 * LINE) == 0
     walk.halves = are_halves(job, &element)
