@@ -1182,10 +1182,10 @@ cdef Py_ssize_t ahead_of(const View *view, Py_ssize_t position) noexcept nogil:
     """From x at that position to what memory is to be asked for meanwhile.
 
     That is the same place of a later plane, or of this one if it is long. What caches hold is worth asking for in a
-    plane only, eight rows before it is read; what has gaps never is: CPUs see it coming.
+    plane only, eight rows before it is read; long ones with gaps never are: CPUs see them coming.
     """
     cdef Py_ssize_t numbers = numbers_of(view), plane = view.inner * view.x.inner, later
-    if view.x.inner != numbers * view.number or view.number != size_of_type(view.type):
+    if view.x.inner != numbers * view.number or (view.number != size_of_type(view.type) and plane >= BN_FAR):
         return 0
     if not view.far:
         return NEXT if numbers * view.per_row == COLUMNS else 0
