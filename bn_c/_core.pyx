@@ -84,8 +84,8 @@ cdef enum:
     ABSENT = -1
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
-    ROWS = 1 << 12              # of a channel, from which on two halves of one are: samples are a small part of them
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
+    ROWS = 1 << 12              # of a channel, from which on two halves of one are: samples are a small part of them
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
     UNIT = 1 << 18              # bytes of channels from memory that are normalised while they are still in L2
     HUGE_PAGE = 1 << 21         # bytes, as x86-64 and most ARM64 systems have them

@@ -10,7 +10,8 @@ b. Statistics are sums of deviations, and of their squares, from a center near t
    all over the channel tells. A center that proves to be more than a quarter of a standard deviation off is
    replaced by the mean found, and the sums are taken again.
    They are kept in columns: x is seen as a table whose columns have one channel each. Rows of channels are that as
-   they are, few channels several rows at a time. Short planes lie side by side, a row from each image; those of
+   they are, few channels several rows at a time. Short planes lie side by side, a row from each image, as do lines
+   of planes with gaps between them; those of
    two strips of COLUMNS and more are added strip by strip to the same sums. A long plane is cut into rows of
    COLUMNS, and what its eights of rows leave over is added like a short plane.
    The columns of a channel are added up at the end. So there is no loop over one single sum, and every instruction
@@ -1312,6 +1313,8 @@ cdef struct Thinned:
 cdef void thin_outer(View *sample, Thinned *outer) noexcept nogil:
     """Eight steps of each outer dimension at most, and not more than PLACES of all."""
     cdef int d
+    if sample.outer_ndim == 0:
+        return
     sample.outer = 1
     for d in range(sample.outer_ndim):
         outer.x[d] = sample.x.outer[d]
@@ -1458,7 +1461,7 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
         ):
             view.per_row //= 2
     elif view.mask.data == NULL and (job.inner <= PLANE or rows_are_near(&planes)):
-        # Planes are short: their elements are columns, of several channels that follow each other.
+        # Planes, or their lines, are short: the elements are columns, of several channels that follow each other.
         view = side_by_side(&planes, 0)
         most = WIDEST // job.inner
         if in_strips(&view) and view.type == FLOAT32 and is_direct(&view):
