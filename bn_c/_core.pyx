@@ -87,6 +87,7 @@ cdef enum:
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
     ROWS = 1 << 12              # of a channel, from which on two halves of one are: samples are a small part of them
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
+    COLUMNS = 64                # channels of rows, at least, whose statistics one thread takes: whole cache lines
     UNIT = 1 << 18              # bytes of channels from memory that are normalised while they are still in L2
     HUGE_PAGE = 1 << 21         # bytes, as x86-64 and most ARM64 systems have them
 
@@ -795,6 +796,19 @@ cdef bint repays_threads(Py_ssize_t size) except -1:
     return bn_add(&calls_between, 1) % 16 == 0 or _threads.are_awake()
 
 
+cdef Py_ssize_t count_parts(const Job *job, int loop, Py_ssize_t threads) noexcept nogil:
+    """Of that loop: two for each thread, so that all end together.
+
+    Channels of rows are cut at multiples of COLUMNS, where `moments` takes the same sums of a part as of the whole.
+    """
+    cdef Py_ssize_t count = min(2 * threads, loop_length(job, loop))
+    if loop == CHANNELS and job.channels_last:
+        count = min(count, job.channels // COLUMNS)
+        while count > 1 and job.channels % (count * COLUMNS) > 0:
+            count -= 1
+    return max(count, <Py_ssize_t> 1)
+
+
 cdef int run_parts(Work *work, int loop, int passes, int threads) except -1:
     """Runs all of the work, of a call with so many passes over x; with several threads, in parts of one of its loops.
     0 threads are the default's."""
@@ -803,7 +817,7 @@ cdef int run_parts(Work *work, int loop, int passes, int threads) except -1:
     if threads == 0:
         threads = _threads.get_num_threads() if size >= parallel_from // 2 else 1
     if threads > 1 and repays_threads(size):
-        _threads.run(parts_of(work, loop, min(2 * <Py_ssize_t> threads, loop_length(job, loop))), threads)
+        _threads.run(parts_of(work, loop, count_parts(job, loop, threads)), threads)
     elif size >= RELEASE_GIL:
         with nogil:
             run(work)
@@ -867,7 +881,7 @@ cdef int run_moments(Work *work, double *mean, double *m2, int passes, int threa
     work.m2 = m2
     work.counted = 0
     if pieces < 2:
-        run_parts(work, CHANNELS, passes, threads if is_planes(job) else 1)
+        run_parts(work, CHANNELS, passes, threads)
     elif threads > 1 and repays_threads(size_of(job) * passes):
         moments = np.empty((pieces, 2, job.channels))
         parts = parts_of(work, longest_loop(job), pieces)

@@ -959,8 +959,8 @@ cdef widest add_squares(
     Py_ssize_t ahead,
 ) noexcept nogil:
     # A plane's columns are known. To cut wider rows into such strips is slower: memory wants whole lines in order.
-    if columns == COLUMNS:
-        add_block(x, stride, rows, COLUMNS, centers.rounded, sums, True, ahead)
+    if columns == COLUMNS and stride == COLUMNS:
+        add_block(x, COLUMNS, rows, COLUMNS, centers.rounded, sums, True, ahead)
     else:
         add_block(x, stride, rows, columns, centers.rounded, sums, True, ahead)
 
@@ -977,9 +977,9 @@ cdef once add(
         add_block_wide(x, stride, rows, columns, centers.exact, sums)
     elif kind == DEVIATIONS:
         add_block(x, stride, rows, columns, centers.rounded, sums, False, 0)
-    elif BN_WIDER and columns == COLUMNS and ahead != 0 and ahead != NEXT:
+    elif BN_WIDER and columns == COLUMNS and stride == COLUMNS and ahead != 0 and ahead != NEXT:
         # From memory the widest registers are 1.05 to 1.15 x slower.
-        add_block(x, stride, rows, COLUMNS, centers.rounded, sums, True, ahead)
+        add_block(x, COLUMNS, rows, COLUMNS, centers.rounded, sums, True, ahead)
     else:
         add_squares(x, stride, rows, columns, centers, sums, ahead)
 
