@@ -1179,6 +1179,19 @@ cdef once add_steps(
         add(kind, x + rows * stride, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums, 0)
 
 
+cdef number_once add_halves(
+    const View *view, const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers,
+    Sums *sums, Py_ssize_t ahead,
+) noexcept nogil:
+    """Whole eights of rows, as they lie; returns how many rows these were."""
+    cdef Py_ssize_t width = view.width if in_strips(view) else columns, kept = view.kept if in_strips(view) else columns
+    if columns == COLUMNS and stride == COLUMNS:
+        return bn_add_rows_of_halves(
+            x, COLUMNS, rows, COLUMNS, centers.rounded, sums.deviations, sums.squares, COLUMNS, COLUMNS, ahead)
+    return bn_add_rows_of_halves(
+        x, stride, rows, columns, centers.rounded, sums.deviations, sums.squares, width, kept, ahead)
+
+
 cdef Py_ssize_t ahead_of(const View *view, Py_ssize_t position) noexcept nogil:
     """From x at that position to what memory is to be asked for meanwhile.
 
@@ -1249,10 +1262,8 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
                     add_steps(view, kind, <const float *> x, row_stride // 4, some, &about, &at, ahead)
                     rows = some
                 elif direct and kind == SQUARES:
-                    rows = bn_add_rows_of_halves(
-                        <const uint16_t *> x, row_stride // 2, some // view.per_row, columns, about.rounded, at.deviations,
-                        at.squares, view.width if in_strips(view) else columns, view.kept if in_strips(view) else columns,
-                        far) * view.per_row
+                    rows = view.per_row * add_halves(
+                        view, <const uint16_t *> x, row_stride // 2, some // view.per_row, columns, &about, &at, far)
                 n += rows
                 x += rows * view.x.inner
                 left -= rows
