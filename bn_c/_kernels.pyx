@@ -102,6 +102,7 @@ cdef enum:
     CHUNK = 512         # elements that pass through a buffer at a time: the best of 64 .. 1024
     PAGE = 1024         # floats of a page
     LINE = 16           # floats of a cache line
+    FOUR_LINES = 4 * LINE
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
     MANY = 64           # rows from which on that is worth repeating coefficients
@@ -312,7 +313,7 @@ cdef inline float activated(float y, int kind, float low, float high, float slop
     return y
 
 
-cdef inline void normalize_row(
+cdef inline inlined normalize_row(
     const float *x, int stride, const float *residual, apart y, Py_ssize_t n,
     const float *center, const float *scale, const float *shift, int step,
     int kind, const Activation *activation, bint in_place,
@@ -343,12 +344,21 @@ cdef struct Rows:
     bint next_channel               # whose coefficients follow; else they have the same
 
 
-cdef inline void normalize_rows_of(
+cdef inline inlined normalize_rows_of(
     const float *x, int stride, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift,
     int step, int kind, const Activation *activation, bint in_place,
 ) noexcept nogil:
-    cdef Py_ssize_t some
+    cdef Py_ssize_t some, row
+    if step == 1 and kind <= CLIP and rows.columns == FOUR_LINES:
+        # Coefficients of so few columns stay in registers: 0.75 to 0.9 of the time.
+        for row in range(n // FOUR_LINES):
+            normalize_row(x, stride, residual, y, FOUR_LINES, center, scale, shift, step, kind, activation, in_place)
+            x = <const float *> (<const char *> x + rows.step.x)
+            y = <apart> (<char *> y + rows.step.out)
+            if residual != NULL:
+                residual = <const float *> (<const char *> residual + rows.step.residual)
+        n %= FOUR_LINES
     while n > 0:
         some = min(n, rows.columns)
         normalize_row(x, stride, residual, y, some, center, scale, shift, step, kind, activation, in_place)
@@ -362,7 +372,7 @@ cdef inline void normalize_rows_of(
         shift += rows.next_channel
 
 
-cdef inline void normalize_activated(
+cdef inline inlined normalize_activated(
     const float *x, int stride, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift,
     int step, const Activation *activation, bint in_place,
@@ -377,7 +387,7 @@ cdef inline void normalize_activated(
         normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, HARD_SWISH, activation, in_place)
 
 
-cdef inline void normalize_located(
+cdef inline inlined normalize_located(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
@@ -565,7 +575,7 @@ cdef Walk walk_of(
     walk.row = row
     walk.far = job.far and element.x == size_of_type(job.x.type) and (step == 1 or columns * element.x > BN_FAR)
     walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
-    walk.whole_lines = columns * element.out % (4 * LINE) == 0
+    walk.whole_lines = columns * element.out % FOUR_LINES == 0
     walk.halves = are_halves(job, &element)
     # Every second float of a plane is taken as it lies: through a buffer it is half as fast.
     stride = 2 if job.x.type == FLOAT32 and walk.element.x == 8 and step == 0 and columns >= FEW \
@@ -726,8 +736,8 @@ cdef inline bint rows_join(const Steps *element, const Steps *row, Py_ssize_t co
 
 cdef Py_ssize_t rows_of_lines(Py_ssize_t columns) noexcept nogil:
     """How many short rows make whole cache lines, four at least; 1 if they are too many for a pattern."""
-    cdef Py_ssize_t rows = 4 * LINE
-    while rows > 1 and columns * (rows // 2) % (4 * LINE) == 0:
+    cdef Py_ssize_t rows = FOUR_LINES
+    while rows > 1 and columns * (rows // 2) % FOUR_LINES == 0:
         rows //= 2
     return rows if rows * columns <= PATTERN else 1
 
@@ -748,7 +758,7 @@ cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, 
     cdef Py_ssize_t columns = channels * times, few = rows_of_lines(columns), needed, i
     cdef Py_ssize_t period = PATTERN // (few * columns) * few * columns
     cdef bint joined = rows_join(&element, &row, columns)
-    cdef bint long_enough = are_halves(job, &element) and columns >= 4 * LINE and few * columns % (4 * LINE) > 0
+    cdef bint long_enough = are_halves(job, &element) and columns >= FOUR_LINES and few * columns % FOUR_LINES > 0
     cdef bint repeated = period > columns and job.inner >= 4 and job.outer * job.inner >= MANY and not k.wide and (
         columns < FEW or (joined and not long_enough))
     cdef Walk walk = walk_of(job, 1, element, row, columns, few * columns if repeated else columns, False)
