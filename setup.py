@@ -38,6 +38,7 @@ DIRECTIVES = {
     "initializedcheck": False,
     "cdivision": True,
     "freethreading_compatible": True,
+    "auto_pickle": False,  # layers and pictures say themselves what they are made from again
 }
 
 INCLUDED = sorted(map(str, [*Path("bn_c").glob("*.pxd"), *Path("include/bn_c").glob("*.h")]))

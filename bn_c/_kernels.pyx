@@ -349,10 +349,10 @@ cdef inline inlined normalize_rows_of(
     const float *center, const float *scale, const float *shift,
     int step, int kind, const Activation *activation, bint in_place,
 ) noexcept nogil:
-    cdef Py_ssize_t some, row
+    cdef Py_ssize_t some, _row
     if step == 1 and kind <= CLIP and rows.columns == FOUR_LINES:
         # Coefficients of so few columns stay in registers: 0.75 to 0.9 of the time.
-        for row in range(n // FOUR_LINES):
+        for _row in range(n // FOUR_LINES):
             normalize_row(x, stride, residual, y, FOUR_LINES, center, scale, shift, step, kind, activation, in_place)
             x = <const float *> (<const char *> x + rows.step.x)
             y = <apart> (<char *> y + rows.step.out)
