@@ -350,7 +350,7 @@ cdef inline inlined normalize_rows_of(
     int step, int kind, const Activation *activation, bint in_place,
 ) noexcept nogil:
     cdef Py_ssize_t some, _row
-    if step == 1 and kind <= CLIP and rows.columns == FOUR_LINES:
+    if step == 1 and stride == 1 and kind <= CLIP and rows.columns == FOUR_LINES:
         # Coefficients of so few columns stay in registers: 0.75 to 0.9 of the time.
         for _row in range(n // FOUR_LINES):
             normalize_row(x, stride, residual, y, FOUR_LINES, center, scale, shift, step, kind, activation, in_place)
@@ -406,7 +406,10 @@ cdef void normalize_channels(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
-    normalize_located(x, residual, y, n, rows, center, scale, shift, 1, activation)
+    if rows.stride == 2:
+        normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, 1, activation, False)
+    else:
+        normalize_located(x, residual, y, n, rows, center, scale, shift, 1, activation)
 
 
 cdef void normalize_channel(
@@ -578,7 +581,7 @@ cdef Walk walk_of(
     walk.whole_lines = columns * element.out % FOUR_LINES == 0
     walk.halves = are_halves(job, &element)
     # Every second float of a plane is taken as it lies: through a buffer it is half as fast.
-    stride = 2 if job.x.type == FLOAT32 and walk.element.x == 8 and step == 0 and columns >= FEW \
+    stride = 2 if job.x.type == FLOAT32 and walk.element.x == 8 and columns >= FEW \
         and job.residual.data == NULL and not job.coefficients.wide else 1
     run.x = is_run(&job.x, walk.element.x // stride)
     # Loops take nothing but x for being y as well.

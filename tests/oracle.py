@@ -225,6 +225,7 @@ LAYOUTS = {
     "negative_plane": lambda x: scattered(x, steps=(*(1,) * (x.ndim - 1), -1)),
     "padded_rows": lambda x: scattered(x, pads=(*(0,) * (x.ndim - 1), 3)),
     "padded_channels_last": lambda x: scattered(x, channels_last(x.ndim), pads=(0, 3, *(0,) * (x.ndim - 2))),
+    "every_second_channel": lambda x: scattered(x, channels_last(x.ndim), steps=(1, 2, *(1,) * (x.ndim - 2))),
     "misaligned": lambda x: scattered(x, first=1),
     "misaligned_channels_last": lambda x: scattered(x, channels_last(x.ndim), first=1),
 }
