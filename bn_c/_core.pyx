@@ -85,6 +85,7 @@ cdef enum:
     RELEASE_GIL = 1 << 15       # elements: below, a thread switch costs more than the loop
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
+    PIECES_OF_HALVES = 16       # to sample one costs a tenth of adding it, if they come from memory
     ROWS = 1 << 12              # of a channel, from which on two halves of one are: samples are a small part of them
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
     COLUMNS = 64                # channels of rows, at least, whose statistics one thread takes: whole cache lines
@@ -832,7 +833,8 @@ cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
     Many planes are independent channels. Rows, and few planes, are cut into pieces, whose moments are merged in
     order: the bits depend on the arrays alone. A power of two of them is for as many threads, most often.
     """
-    cdef Py_ssize_t size = size_of(statistics), pieces = min(<Py_ssize_t> PIECES, size // PIECE)
+    cdef Py_ssize_t size = size_of(statistics)
+    cdef Py_ssize_t pieces = min(<Py_ssize_t> (PIECES_OF_HALVES if statistics.x.type == FLOAT16 else PIECES), size // PIECE)
     if is_planes(statistics):
         return 1
     if pieces == 1 and size // statistics.channels >= ROWS:
