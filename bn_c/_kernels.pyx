@@ -391,7 +391,9 @@ cdef inline inlined normalize_located(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
-    if residual != NULL:
+    if rows.stride == 2:
+        normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, False)
+    elif residual != NULL:
         if x == y:
             normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, True)
         else:
@@ -406,20 +408,14 @@ cdef void normalize_channels(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
-    if rows.stride == 2:
-        normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, 1, activation, False)
-    else:
-        normalize_located(x, residual, y, n, rows, center, scale, shift, 1, activation)
+    normalize_located(x, residual, y, n, rows, center, scale, shift, 1, activation)
 
 
 cdef void normalize_channel(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, const Activation *activation,
 ) noexcept nogil:
-    if rows.stride == 2:
-        normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, 0, activation, False)
-    else:
-        normalize_located(x, residual, y, n, rows, center, scale, shift, 0, activation)
+    normalize_located(x, residual, y, n, rows, center, scale, shift, 0, activation)
 
 
 cdef void normalize_floats(
@@ -580,7 +576,7 @@ cdef Walk walk_of(
     walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
     walk.whole_lines = columns * element.out % FOUR_LINES == 0
     walk.halves = are_halves(job, &element)
-    # Every second float of a plane is taken as it lies: through a buffer it is half as fast.
+    # Every second float is taken as it lies: through a buffer it is half as fast.
     stride = 2 if job.x.type == FLOAT32 and walk.element.x == 8 and columns >= FEW \
         and job.residual.data == NULL and not job.coefficients.wide else 1
     run.x = is_run(&job.x, walk.element.x // stride)
