@@ -814,11 +814,12 @@ cdef int run_parts(Work *work, int loop, int passes, int threads) except -1:
     """Runs all of the work, of a call with so many passes over x; with several threads, in parts of one of its loops.
     0 threads are the default's."""
     cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
-    cdef Py_ssize_t size = size_of(job) * passes
+    cdef Py_ssize_t size = size_of(job) * passes, count
     if threads == 0:
         threads = _threads.get_num_threads() if size >= parallel_from // 2 else 1
-    if threads > 1 and repays_threads(size):
-        _threads.run(parts_of(work, loop, count_parts(job, loop, threads)), threads)
+    count = count_parts(job, loop, threads) if threads > 1 else 1
+    if count > 1 and repays_threads(size):
+        _threads.run(parts_of(work, loop, count), threads)
     elif size >= RELEASE_GIL:
         with nogil:
             run(work)

@@ -125,6 +125,26 @@ def test_threads_are_awake_when_calls_follow_each_other():
     isolated(awake_when_calls_follow_each_other)
 
 
+def awake_when_batches_follow_each_other():
+    """Whose statistics are one part: only y is for several threads."""
+    x = np.ones((512, 100), np.float32)
+    expected = bits(bn_c.batch_norm(x, num_threads=2))
+    _core.wake_threads_from(2 * x.size + 1)
+    time.sleep(0.1)
+    assert not _threads.are_awake()
+    for _ in range(1000):
+        y = bn_c.batch_norm(x, num_threads=2)
+        woken = _threads.are_awake()
+        assert bits(y) == expected
+        if woken:
+            break
+    assert woken
+
+
+def test_threads_are_awake_when_batches_follow_each_other():
+    isolated(awake_when_batches_follow_each_other)
+
+
 def works_alone():
     """Helpers that are all busy, or cannot be had."""
     expected = bits(bn_c.batch_norm(X))
