@@ -90,10 +90,12 @@ cdef enum:
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
     COLUMNS = 64                # channels of rows, at least, whose statistics one thread takes: whole cache lines
     UNIT = 1 << 18              # bytes of channels from memory that are normalised while they are still in L2
+    HOLDS_FAR = 48 << 10        # bytes of a first cache that holds BN_FAR beside all else
     HUGE_PAGE = 1 << 21         # bytes, as x86-64 and most ARM64 systems have them
 
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t caches = 0                  # bytes of the last one, of which a call may have three quarters
+cdef Py_ssize_t first_cache = 0             # bytes of the first one, for data
 # Elements, for each pass over x: below, waking threads (some 30 us) costs more than they do; below half of
 # that, so do threads that are awake.
 cdef Py_ssize_t parallel_from = 1 << 20
@@ -108,10 +110,11 @@ def cpu_runs(str isa):
     return bn_cpu_runs(isa.encode())
 
 
-def use(capsule, Py_ssize_t cache):
-    """Makes the loops of one instruction set those that every call runs, on a CPU with such a last cache, in bytes."""
-    global kernels, caches
-    caches = cache
+def use(capsule, Py_ssize_t last, Py_ssize_t first):
+    """Makes the loops of one instruction set those that every call runs, on a CPU with caches of so many bytes."""
+    global kernels, caches, first_cache
+    caches = last
+    first_cache = first
     kernels = <const Kernels *> PyCapsule_GetPointer(capsule, "bn_c.kernels")
 
 
@@ -944,6 +947,7 @@ cdef void lay_out_y(
     job.activation = activation[0]
     # To ask for one of two arrays ahead slows the other down more than it helps.
     job.far = arrays.residual.strides == NULL and come_from_memory(touched(arrays))
+    job.into_first = first_cache >= HOLDS_FAR
     job.stream = kernels.streams and arrays.out.len > caches and arrays.out.data != arrays.x.data
 
 

@@ -32,24 +32,28 @@ def choose(cap: str | None) -> str:
     return cap
 
 
-def last_level_cache() -> int:
-    """Its size in bytes as Linux tells it, or else one that suits small boards."""
-    for index in (3, 2):
-        try:
-            # Not by pathlib, whose import would take longer than the rest of bn_c's.
-            with open(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size") as file:  # noqa: PTH123
-                return int(file.read().strip().removesuffix("K")) << 10
-        except (OSError, ValueError):
-            continue
-    return 4 << 20
+def cache(index: int) -> int:
+    """The size of a cache in bytes as Linux tells it, or 0. 0 is the first one for data, 1 for code, 2 the second."""
+    try:
+        # Not by pathlib, whose import would take longer than the rest of bn_c's.
+        with open(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size") as file:  # noqa: PTH123
+            return int(file.read().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 0
 
 
-def use(isa: str, caches: int | None = None) -> None:
+# In bytes, where the system does not tell ones that suit small boards.
+LAST_CACHE = cache(3) or cache(2) or 4 << 20
+FIRST_CACHE = cache(0) or 32 << 10
+
+
+def use(isa: str, last: int = LAST_CACHE, first: int = FIRST_CACHE) -> None:
     """Loads the kernels of a supported instruction set and makes them those that every call runs.
 
-    What is larger than `caches`, in bytes, the last level's by default, is taken to be in memory.
+    What is larger than the `last` cache, in bytes, is taken to be in memory, and asked for ahead into the `first` one
+    if that is large enough.
     """
-    _core.use(import_module(f"bn_c._kernels_{isa}").table, last_level_cache() if caches is None else caches)
+    _core.use(import_module(f"bn_c._kernels_{isa}").table, last, first)
 
 
 isa = choose(os.environ.get("BN_C_MAX_ISA"))

@@ -569,10 +569,13 @@ cdef Walk walk_of(
     cdef Loop run
     cdef Loop rows
     cdef int stride
+    cdef Py_ssize_t seen_coming
     walk.step = step
     walk.element = element
     walk.row = row
-    walk.far = job.far and element.x == size_of_type(job.x.type) and (step == 1 or columns * element.x > BN_FAR)
+    # CPUs with larger first caches see rows of up to a kilobyte coming: 0.8 to 0.95 of the time without asking.
+    seen_coming = BN_FAR if step == 0 else (1 << 10 if job.into_first else 0)
+    walk.far = job.far and element.x == size_of_type(job.x.type) and columns * element.x > seen_coming
     walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
     walk.whole_lines = columns * element.out % FOUR_LINES == 0
     walk.halves = are_halves(job, &element)
@@ -623,7 +626,10 @@ cdef void normalize_chunk(
     cdef const float *residual = <const float *> at.residual
     cdef float *y = <float *> at.out if loop.out else buffer
     if walk.far and (rows == 1 or walk.row.x == columns * walk.element.x):
-        bn_prefetch_far(at.x + BN_FAR, rows * columns * walk.element.x)
+        if job.into_first:
+            bn_prefetch(at.x + BN_FAR, rows * columns * walk.element.x)
+        else:
+            bn_prefetch_far(at.x + BN_FAR, rows * columns * walk.element.x)
     if not loop.residual:
         load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
         residual = added

@@ -44,6 +44,7 @@ cdef struct Job:
     bint channels_last
     bint stream                     # write past the caches: out is larger than they are
     bint far                        # x comes from memory: what the call touches is larger than the caches
+    bint into_first                 # for y it is asked for into the first cache, not the second
     Py_ssize_t channels
     Py_ssize_t inner
     Py_ssize_t outer

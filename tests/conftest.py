@@ -51,7 +51,7 @@ def isa(request):
     _dispatch.use(bn_c.isa)
 
 
-@pytest.fixture(params=[None, 0], ids=["in caches", "in memory"])
+@pytest.fixture(params=[_dispatch.LAST_CACHE, 0], ids=["in caches", "in memory"])
 def caches(isa, request):
     """Arrays are taken to be there: what is in memory is asked for early, and y is written past the caches."""
     _dispatch.use(isa, request.param)

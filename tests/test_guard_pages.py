@@ -114,7 +114,7 @@ def test_every_second_float_of_every_size(isa, sizes, places):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_size_past_the_caches(isa, shape, types, sizes, places):
     """As outputs larger than the caches are written."""
-    _core.use(importlib.import_module(f"bn_c._kernels_{isa}").table, 0)
+    _core.use(importlib.import_module(f"bn_c._kernels_{isa}").table, 0, 0)
     isolated(sweep, inference(), SHAPES[shape], sizes, places, *types)
 
 
