@@ -43,14 +43,16 @@ cdef extern from "bn_c/half.h" nogil:
         const uint16_t *x
         const uint16_t *residual
         uint16_t *y
+        Py_ssize_t x_row
+        Py_ssize_t residual_row
+        Py_ssize_t y_row
         const float *center
         const float *scale
         const float *shift
         float low
         float high
     Py_ssize_t bn_normalize_halves(
-        bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t x_row, Py_ssize_t residual_row,
-        Py_ssize_t y_row, int step, int next, int stream)
+        bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, int step, int next, int stream)
     Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, int stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
@@ -437,22 +439,23 @@ cdef struct Place:
 
 
 cdef bn_row_of_halves row_of_halves(
-    const Job *job, const Place *at, const float *center, const float *scale, const float *shift,
+    const Job *job, const Place *at, const Steps *row, const float *center, const float *scale, const float *shift,
 ) noexcept nogil:
     cdef bint bounded = job.activation.kind == CLIP
     return bn_row_of_halves(
         x=<const uint16_t *> at.x, residual=<const uint16_t *> at.residual, y=<uint16_t *> at.out,
+        x_row=row.x, residual_row=row.residual, y_row=row.out,
         center=center, scale=scale, shift=shift,
         low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY)
 
 
 cdef Py_ssize_t normalize_halves(
-    bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, const Steps *row, int step, bint next_channel, bint stream,
+    bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, int step, bint next_channel, bint stream,
 ) noexcept nogil:
     """Halves to halves where the CPU converts; returns how many elements were done."""
     if step:
-        return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 1, next_channel, stream)
-    return bn_normalize_halves(first, rows, columns, row.x, row.residual, row.out, 0, next_channel, stream)
+        return bn_normalize_halves(first, rows, columns, 1, next_channel, stream)
+    return bn_normalize_halves(first, rows, columns, 0, next_channel, stream)
 
 
 cdef void normalize_wide(
@@ -670,7 +673,7 @@ cdef void normalize_run(
         if walk.halves and walk.step and n == most:
             # After whole rows the phase is the same.
             done = bn_normalize_rows_of_halves(
-                row_of_halves(job, &at, center + phase, scale + phase, shift + phase), total,
+                row_of_halves(job, &at, &walk.row, center + phase, scale + phase, shift + phase), total,
                 walk.over_run.rows.columns, job.stream)
             move(&at, &walk.element, done)
             total -= done
@@ -678,7 +681,7 @@ cdef void normalize_run(
         done = 0
         if walk.halves:
             done = normalize_halves(
-                row_of_halves(job, &at, center + phase, scale + phase, shift + phase), 1, n, &walk.row, walk.step, False,
+                row_of_halves(job, &at, &walk.row, center + phase, scale + phase, shift + phase), 1, n, walk.step, False,
                 job.stream)
             move(&at, &walk.element, done)
             phase += done * walk.step
@@ -715,7 +718,7 @@ cdef void normalize_table(
                 center, scale, shift, walk.step, &job.activation)
         elif all_halves:
             normalize_halves(
-                row_of_halves(job, &at, center, scale, shift), some, columns, &walk.row, walk.step,
+                row_of_halves(job, &at, &walk.row, center, scale, shift), some, columns, walk.step,
                 walk.over_rows.rows.next_channel, job.stream and walk.whole_lines)
         elif one_by_one:
             normalize_run(job, walk, at, columns, center, scale, shift, columns, first)
@@ -797,6 +800,8 @@ cdef void normalize_short_planes(const Job *job) noexcept nogil:
     cdef Py_ssize_t most = 2 * PATTERN // job.inner, first = 0
     if most > 2 * LINE:
         most = most // (2 * LINE) * (2 * LINE)
+    elif most > LINE:
+        most = LINE                     # whole vectors of halves
     turned.outer_ndim = last
     turned.inner = job.outer_shape[last]
     turned.outer = job.outer // turned.inner

@@ -158,6 +158,9 @@ typedef struct {
     const uint16_t *x;
     const uint16_t *residual; /* NULL: none */
     uint16_t *y;              /* or x, or residual */
+    ptrdiff_t x_row;          /* bytes to the next row */
+    ptrdiff_t residual_row;
+    ptrdiff_t y_row;
     const float *center;
     const float *scale;
     const float *shift;
@@ -166,16 +169,19 @@ typedef struct {
 } bn_row_of_halves;
 
 #if BN_CONVERTS_HALVES
-/* Elements i to n of a row, or of BN_ROWS rows of n that are joined: `step` is 0 where all have one
- * coefficient, 1 where each has its own, and the coefficients of a row are loaded once for all rows. `count`
- * vectors at a time do not wait for each other: small cores run instructions in their order. Returns where it
- * ends. */
+#define BN_AT(data, bytes) ((void *)((char *)(data) + (bytes)))
+
+/* Elements i to n of a row, or of BN_ROWS rows: `step` is 0 where all have one coefficient, 1 where each has
+ * its own, and the coefficients of a row are loaded once for all rows. `count` vectors at a time do not wait
+ * for each other: small cores run instructions in their order. Returns where it ends. */
 static inline __attribute__((always_inline)) ptrdiff_t
 bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int step, const int added,
                      const int bounded, const int stream, const int count, const int rows)
 {
     const bn_floats lows = bn_all(r.low), highs = bn_all(r.high);
-    const ptrdiff_t next = rows ? n : BN_LANES;
+    const ptrdiff_t x_next = rows ? r.x_row : (ptrdiff_t)sizeof(bn_halves);
+    const ptrdiff_t residual_next = rows ? r.residual_row : (ptrdiff_t)sizeof(bn_halves);
+    const ptrdiff_t y_next = rows ? r.y_row : (ptrdiff_t)sizeof(bn_halves);
     bn_floats c = bn_all(*r.center), a = bn_all(*r.scale), b = bn_all(*r.shift);
     for (; i + BN_LANES * (rows ? 1 : count) <= n; i += BN_LANES * (rows ? 1 : count)) {
         bn_halves halves[BN_ROWS];
@@ -185,19 +191,19 @@ bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int ste
                 a = bn_floats_at(r.scale + i + BN_LANES * j);
                 b = bn_floats_at(r.shift + i + BN_LANES * j);
             }
-            bn_floats t = bn_halves_at(r.x + i + next * j);
+            bn_floats t = bn_halves_at(BN_AT(r.x + i, x_next * j));
             t = bn_scaled(t, c, a, b);
             if (added)
-                t = t + bn_halves_at(r.residual + i + next * j);
+                t = t + bn_halves_at(BN_AT(r.residual + i, residual_next * j));
             if (bounded)
                 t = bn_bounded(t, lows, highs);
             halves[j] = bn_to_halves(t);
         }
         for (int j = 0; j < count; j++) {
             if (stream)
-                bn_stream_halves(r.y + i + next * j, halves[j]);
+                bn_stream_halves(BN_AT(r.y + i, y_next * j), halves[j]);
             else
-                bn_store_halves(r.y + i + next * j, halves[j]);
+                bn_store_halves(BN_AT(r.y + i, y_next * j), halves[j]);
         }
     }
     return i;
@@ -227,11 +233,15 @@ bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, cons
 {
     uint16_t x[BN_LANES], residual[BN_LANES];
     const ptrdiff_t last = n - BN_LANES, own = step ? last : 0;
-    bn_row_of_halves rest = {r.x + last,    added ? r.residual + last : NULL,
-                             r.y + last,    r.center + own,
-                             r.scale + own, r.shift + own,
-                             r.low,         r.high};
+    bn_row_of_halves rest = r;
     ptrdiff_t i = 0;
+    rest.x += last;
+    if (added)
+        rest.residual += last;
+    rest.y += last;
+    rest.center += own;
+    rest.scale += own;
+    rest.shift += own;
     if (n % BN_LANES && (r.y == r.x || (added && r.y == r.residual))) {
         rest.x = memcpy(x, rest.x, sizeof x);
         if (added)
@@ -245,34 +255,48 @@ bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, cons
         bn_normalize_vectors(rest, 0, BN_LANES, step, added, 1, 0, 1, 0);
 }
 
-static inline void bn_move(bn_row_of_halves *r, ptrdiff_t x, ptrdiff_t residual, ptrdiff_t y)
+/* BN_ROWS rows, whole vectors each, whose elements have coefficients of their own. */
+static inline __attribute__((always_inline)) void bn_normalize_four_rows(bn_row_of_halves r, ptrdiff_t n,
+                                                                         int stream)
 {
-    r->x = (const uint16_t *)((const char *)r->x + x);
+    if (r.residual)
+        bn_normalize_some(r, 0, n, 1, 1, stream, BN_ROWS, 1);
+    else
+        bn_normalize_some(r, 0, n, 1, 0, stream, BN_ROWS, 1);
+}
+
+static inline void bn_move(bn_row_of_halves *r, ptrdiff_t rows)
+{
+    r->x = BN_AT(r->x, rows * r->x_row);
     if (r->residual)
-        r->residual = (const uint16_t *)((const char *)r->residual + residual);
-    r->y = (uint16_t *)((char *)r->y + y);
+        r->residual = BN_AT(r->residual, rows * r->residual_row);
+    r->y = BN_AT(r->y, rows * r->y_row);
 }
 #endif
 
-/* Rows from the first one on, that lie so many bytes apart, halves to halves without a detour through memory,
- * if a row is a vector at least; returns how many elements were done, all or none. `step` is 1 where each
- * element of a row has its own coefficients, 0 where all have one; the next row's follow `next` behind.
- * Not inlined: copies for each caller made wheels too large. */
+/* Rows from the first one on, halves to halves without a detour through memory, if a row is a vector at
+ * least; returns how many elements were done, all or none. `step` is 1 where each element of a row has its
+ * own coefficients, the same in all rows, 0 where all have one, and the next row's is `next` behind. Not
+ * inlined: copies for each caller made wheels too large. */
 static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of_halves r, ptrdiff_t rows,
-                                                                       ptrdiff_t columns, ptrdiff_t x_row,
-                                                                       ptrdiff_t residual_row,
-                                                                       ptrdiff_t y_row, const int step,
+                                                                       ptrdiff_t columns, const int step,
                                                                        int next, int stream)
 {
 #if BN_CONVERTS_HALVES
+    ptrdiff_t row = 0;
     if (columns < BN_LANES)
         return 0;
-    for (ptrdiff_t row = 0; row < rows; row++) {
+    if (step && !stream && columns % 16 == 0)
+        for (; row + BN_ROWS <= rows; row += BN_ROWS) {
+            bn_normalize_four_rows(r, columns, 0);
+            bn_move(&r, BN_ROWS);
+        }
+    for (; row < rows; row++) {
         if (r.residual)
             bn_normalize_row_of_halves(r, columns, step, 1, stream);
         else
             bn_normalize_row_of_halves(r, columns, step, 0, stream);
-        bn_move(&r, x_row, residual_row, y_row);
+        bn_move(&r, 1);
         r.center += next;
         r.scale += next;
         r.shift += next;
@@ -283,23 +307,21 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
 #endif
 }
 
-/* The same of n elements in joined rows, whose elements have coefficients of their own, and each row the
- * same. */
+/* Of n elements in joined rows, whose elements have coefficients of their own, as many as are whole fours of
+ * rows. */
 static inline ptrdiff_t bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns,
                                                     int stream)
 {
     ptrdiff_t done = 0;
 #if BN_CONVERTS_HALVES
-    const ptrdiff_t some = BN_ROWS * columns, bytes = some * (ptrdiff_t)sizeof(uint16_t);
+    const ptrdiff_t some = BN_ROWS * columns;
+    r.x_row = r.residual_row = r.y_row = columns * (ptrdiff_t)sizeof(uint16_t);
     if (columns % 16 == 0)
         for (; done + some <= n; done += some) {
             if (stream && columns > 64) /* shorter ones memory sees coming: 0.9 of the time without */
-                bn_prefetch_far((const char *)r.x + BN_FAR, bytes);
-            if (r.residual)
-                bn_normalize_some(r, 0, columns, 1, 1, stream, BN_ROWS, 1);
-            else
-                bn_normalize_some(r, 0, columns, 1, 0, stream, BN_ROWS, 1);
-            bn_move(&r, bytes, bytes, bytes);
+                bn_prefetch_far((const char *)r.x + BN_FAR, BN_ROWS * r.x_row);
+            bn_normalize_four_rows(r, columns, stream);
+            bn_move(&r, BN_ROWS);
         }
 #endif
     return done;
