@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from oracle import CACHES
 
 import bn_c
 from bn_c import _core, _dispatch, _threads
@@ -51,7 +52,7 @@ def isa(request):
     _dispatch.use(bn_c.isa)
 
 
-@pytest.fixture(params=[_dispatch.LAST_CACHE, 0], ids=["in caches", "in memory"])
+@pytest.fixture(params=CACHES, ids=["in caches", "in memory"])
 def caches(isa, request):
     """Arrays are taken to be there: what is in memory is asked for early, and y is written past the caches."""
     _dispatch.use(isa, request.param)

@@ -81,9 +81,7 @@ def check_arguments():
             check.hypothesis.inner_test(data.draw(tests.spoiled()), "inference")
         else:
             check = tests.test_the_result_of_the_oracle_or_an_error
-            check.hypothesis.inner_test(
-                name, data.draw(tests.cases()), isa, data.draw(st.sampled_from([tests._dispatch.LAST_CACHE, 0]))
-            )
+            check.hypothesis.inner_test(name, data.draw(tests.cases()), isa, data.draw(st.sampled_from(tests.CACHES)))
 
     return test.hypothesis.fuzz_one_input
 

@@ -8,10 +8,11 @@ import pickle
 import numpy as np
 
 import bn_c
-from bn_c import definition
+from bn_c import _dispatch, definition
 
 FLOATS = ("f4", "f2")
 INTEGERS = ("u1", "i1", "u2", "i2")
+CACHES = (_dispatch.LAST_CACHE, 0)  # arrays are taken to be in them, or in memory
 ACTIVATIONS = (None, "relu", "relu6", "hard_swish", ("leaky_relu", 0.125), ("clip", -0.75, 1.25))
 
 # y: six roundings to float of the terms that are added, and one to the output.

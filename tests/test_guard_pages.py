@@ -2,7 +2,6 @@
 
 import ctypes
 import faulthandler
-import importlib
 import os
 import signal
 
@@ -13,7 +12,7 @@ from oracle import FLOATS, INTEGERS, LAYOUTS, bits, values
 from processes import isolated
 
 import bn_c
-from bn_c import _core
+from bn_c import _dispatch
 
 MOST = 4 * 512 + 3  # elements: four times what the loops take at a time, and some
 BLOCKS = {block * 4096 + d for block in range(1, 5) for d in (-33, -32, -31, -3, -1, 0, 1, 3, 31, 32, 33)}
@@ -114,7 +113,7 @@ def test_every_second_float_of_every_size(isa, sizes, places):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_size_past_the_caches(isa, shape, types, sizes, places):
     """As outputs larger than the caches are written."""
-    _core.use(importlib.import_module(f"bn_c._kernels_{isa}").table, 0, 0)
+    _dispatch.use(isa, 0)
     isolated(sweep, inference(), SHAPES[shape], sizes, places, *types)
 
 

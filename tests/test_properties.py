@@ -11,7 +11,7 @@ import oracle
 import pytest
 from fuzz import check_arguments, corpus
 from guard import Guarded, extent
-from oracle import bits
+from oracle import CACHES, bits
 
 import bn_c
 from bn_c import _dispatch
@@ -248,7 +248,7 @@ def is_refused(case, name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@given(case=cases(), isa=st.sampled_from(bn_c.supported_isas()), caches=st.sampled_from([_dispatch.LAST_CACHE, 0]))
+@given(case=cases(), isa=st.sampled_from(bn_c.supported_isas()), caches=st.sampled_from(CACHES))
 def test_the_result_of_the_oracle_or_an_error(name, case, isa, caches):
     """Nothing but out is written, and on an error not even that."""
     prepared(case)
