@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import bn_c
@@ -18,14 +19,20 @@ def default_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
 def start(*arguments, **options):
-    """`bn-c` as a process of its own."""
-    return subprocess.Popen(
+    """`bn-c` as a process of its own, which ends with a test that fails."""
+    with subprocess.Popen(
         [sys.executable, "-m", "bn_c", *map(str, arguments)],
         text=True,
         cwd=ELSEWHERE,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": default_signals, **options},
-    )
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def bn_c_command(*arguments, **options):

@@ -6,6 +6,7 @@ import operator
 import os
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,31 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_processes_start(tmp_path, monkeypatch, number, status):
+    class Finalized:
+        """Exceptions are lost in its finalizer, during which another thread receives the signal."""
+
+        def __del__(self):
+            thread.submit(signal.raise_signal, number).result()
+
+    def finalizing(*arguments):
+        Finalized()
+        return start_processes(*arguments)
+
+    start_processes = ProcessPoolExecutor.map
+    monkeypatch.setattr(ProcessPoolExecutor, "map", finalizing)
+    np.save(tmp_path / "a.npy", np.zeros((2, 3), np.float32))
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(int).result()  # started with no signal blocked
+            assert call("stats", tmp_path, "--jobs", 2) == status
+    finally:
+        signal.signal(number, before)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 @pytest.mark.slow

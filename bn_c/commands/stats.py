@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,17 +111,37 @@ def processes(batches: Sequence[list[str]], axis: int, jobs: int) -> AllResults:
     context = get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
     with ProcessPoolExecutor(min(jobs, len(batches)), context, _leave_with, (theirs,)) as pool:
-        # Until the processes, which inherit this, have come to `_leave_with`, and all of them are started.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            results = pool.map(partial(measured, axis=axis), batches)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            with _signals_wait():  # the processes inherit that, until they have come to `_leave_with`
+                results = pool.map(partial(measured, axis=axis), batches)
             yield from results
         except BrokenProcessPool as error:
             raise CommandError("a process ended unexpectedly, perhaps for lack of memory") from error
         finally:
             ours.close()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals have their effect at the end: in a finalizer, of which starting processes has many, it would be lost.
+
+    The mask alone would not do, as any other thread may receive them.
+    """
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _leave_with(parent: Connection) -> None:
