@@ -10,6 +10,15 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #define BN_STREAMS 1
+#if defined(__AVX__) /* two stores for a line: 1.4 x faster on Zen 4 than one of 512 bits */
+typedef __m256i bn_vector;
+#define bn_vector_at _mm256_loadu_si256
+#define bn_stream_vector _mm256_stream_si256
+#else
+typedef __m128i bn_vector;
+#define bn_vector_at _mm_loadu_si128
+#define bn_stream_vector _mm_stream_si128
+#endif
 #else
 #define BN_STREAMS 0
 #endif
@@ -32,11 +41,28 @@ BN_PREFETCH(bn_prefetch_to_write, 1, 3)
 BN_PREFETCH(bn_prefetch_far, 0, 2)
 #undef BN_PREFETCH
 
-/* memcpy in whole cache lines; a first or last line that is written in part is stored normally.
- * Without BN_STREAMS it is memcpy. */
+/* One cache line or two. What compilers make of the order of the stores otherwise took 1.1 x on Zen 1, as did
+ * not to load all of them first. Without BN_STREAMS this is memcpy, like all here. */
+static inline void bn_stream_lines(char *to, const char *from, const int lines)
+{
+#if BN_STREAMS
+    enum { IN_TWO = 2 * BN_LINE / sizeof(bn_vector) };
+    bn_vector vectors[IN_TWO];
+    for (int i = 0; i < lines * IN_TWO / 2; i++)
+        vectors[i] = bn_vector_at((const bn_vector *)from + i);
+    for (int i = 0; i < lines * IN_TWO / 2; i++) {
+        bn_stream_vector((bn_vector *)to + i, vectors[i]);
+        __asm__ volatile("" ::: "memory");
+    }
+#else
+    memcpy(to, from, lines * BN_LINE);
+#endif
+}
+
+/* memcpy in whole cache lines; a first or last line that is written in part is stored normally. */
 static inline void bn_stream(char *to, const char *from, size_t bytes)
 {
-#if defined(__SSE2__)
+#if BN_STREAMS
     size_t head = (size_t)(-(uintptr_t)to & (BN_LINE - 1));
     if (head > bytes)
         head = bytes;
@@ -44,15 +70,8 @@ static inline void bn_stream(char *to, const char *from, size_t bytes)
     to += head;
     from += head;
     bytes -= head;
-    for (; bytes >= BN_LINE; to += BN_LINE, from += BN_LINE, bytes -= BN_LINE) {
-#if defined(__AVX__) /* two halves of a line: 1.4 x faster on Zen 4 than one store of 512 bits */
-        _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
-        _mm256_stream_si256((__m256i *)(to + 32), _mm256_loadu_si256((const __m256i *)(from + 32)));
-#else
-        for (int i = 0; i < BN_LINE; i += 16)
-            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
-#endif
-    }
+    for (; bytes >= BN_LINE; to += BN_LINE, from += BN_LINE, bytes -= BN_LINE)
+        bn_stream_lines(to, from, 1);
 #endif
     memcpy(to, from, bytes);
 }
