@@ -948,7 +948,8 @@ cdef void lay_out_y(
     # To ask for one of two arrays ahead slows the other down more than it helps.
     job.far = arrays.residual.strides == NULL and come_from_memory(touched(arrays))
     job.into_first = first_cache >= HOLDS_FAR
-    job.stream = kernels.streams and arrays.out.len > caches and arrays.out.data != arrays.x.data
+    # Beside as much of x the caches would not hold y.
+    job.stream = kernels.streams and arrays.out.len > caches // 2 and arrays.out.data != arrays.x.data
 
 
 cdef void lay_out_statistics(Job *job, const Arrays *arrays, int at, Py_ssize_t bytes) noexcept nogil:
