@@ -360,7 +360,7 @@ cdef struct Rows:
 
 
 cdef inline inlined normalize_lines(
-    const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
+    const float *x, int stride, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, int kind, const Activation *activation,
 ) noexcept nogil:
     """Two lines from memory, two to memory, and so on: 32 at a time, through a buffer, took twice as long (Zen 1). Of one
@@ -369,11 +369,11 @@ cdef inline inlined normalize_lines(
     cdef Py_ssize_t i = 0, phase = 0
     while i < n:
         if rows.ahead == INTO_FIRST:
-            bn_prefetch(<const char *> (x + i) + BN_FAR, sizeof(lines))
+            bn_prefetch(<const char *> (x + i * stride) + BN_FAR, stride * sizeof(lines))
         elif rows.ahead == INTO_SECOND:
-            bn_prefetch_far(<const char *> (x + i) + BN_FAR, sizeof(lines))
+            bn_prefetch_far(<const char *> (x + i * stride) + BN_FAR, stride * sizeof(lines))
         normalize_row(
-            x + i, 1, residual + i if residual != NULL else NULL, lines, TWO_LINES,
+            x + i * stride, stride, residual + i if residual != NULL else NULL, lines, TWO_LINES,
             center + phase, scale + phase, shift + phase, step, kind, activation, APART)
         bn_stream_lines(<char *> (y + i), <const char *> lines, 2)
         i += TWO_LINES
@@ -390,7 +390,7 @@ cdef inline inlined normalize_rows_of(
 ) noexcept nogil:
     cdef Py_ssize_t some, _row
     if way == STREAMED:
-        normalize_lines(x, residual, y, n, rows, center, scale, shift, step, kind, activation)
+        normalize_lines(x, stride, residual, y, n, rows, center, scale, shift, step, kind, activation)
         return
     if step == 1 and stride == 1 and kind <= CLIP and rows.columns == FOUR_LINES:
         # Coefficients of so few columns stay in registers: 0.75 to 0.9 of the time.
@@ -434,7 +434,10 @@ cdef inline inlined normalize_located(
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
     if rows.stride == 2:
-        normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, APART)
+        if BN_STREAMS and rows.streamed:
+            normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, STREAMED)
+        else:
+            normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, APART)
     elif residual != NULL:
         if BN_STREAMS and rows.streamed:
             normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, STREAMED)
@@ -490,7 +493,7 @@ cdef void stream_floats(
         some = head if i < head else left // TWO_LINES * TWO_LINES if part.streamed else min(left, <Py_ssize_t> LINE)
         phase = i % rows.columns * step
         normalize_loops(
-            x + i, residual + i if residual != NULL else NULL, &line[0] if one else y + i, some, &part,
+            x + i * rows.stride, residual + i if residual != NULL else NULL, &line[0] if one else y + i, some, &part,
             center + phase, scale + phase, shift + phase, step, activation)
         if one:
             bn_stream_lines(<char *> (y + i), <const char *> &line[0], 1)
@@ -668,7 +671,7 @@ cdef Walk walk_of(
     # Loops take nothing but x for being y as well.
     run.residual = job.residual.data == NULL or (
         is_run(&job.residual, walk.element.residual) and job.residual.data != job.out.data)
-    run.out = is_run(&job.out, walk.element.out) and not (job.stream and stride == 2)
+    run.out = is_run(&job.out, walk.element.out)
     run.rows = joined_rows(period, stride, False)
     rows = run
     # Lines that are streamed in parts cost five times as much as those that are not streamed.
