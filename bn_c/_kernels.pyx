@@ -122,11 +122,6 @@ cdef enum:
     PLACES = 64         # in the outer dimensions, from which these are at most
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
 
-cdef enum Way:
-    APART           # y overlaps nothing
-    IN_PLACE        # y is x
-    STREAMED        # y overlaps nothing, and goes to memory in whole lines
-
 cdef enum:
     INTO_FIRST = 1  # cache, x is asked for
     INTO_SECOND = 2
@@ -200,13 +195,13 @@ cdef inline void load_grid(
 cdef inline void load_numbers(
     const number *source, Py_ssize_t row_stride, Py_ssize_t stride, loaded *to, Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
-    # Strides that are known when this is compiled are vectorised.
+    # Strides that are known when this is compiled are vectorised; those of integers made wheels too large.
     if stride == <Py_ssize_t> sizeof(number):
         if columns == 3:
             load_grid(source, row_stride, sizeof(number), to, rows, 3)
         else:
             load_grid(source, row_stride, sizeof(number), to, rows, columns)
-    elif stride == 2 * <Py_ssize_t> sizeof(number):
+    elif (number is float or loaded is uint16_t) and stride == 2 * <Py_ssize_t> sizeof(number):
         load_grid(source, row_stride, 2 * <Py_ssize_t> sizeof(number), to, rows, columns)
     elif stride == -<Py_ssize_t> sizeof(number):
         load_grid(source, row_stride, -<Py_ssize_t> sizeof(number), to, rows, columns)
@@ -329,14 +324,14 @@ cdef inline float activated(float y, int kind, float low, float high, float slop
 cdef inline inlined normalize_row(
     const float *x, int stride, const float *residual, apart y, Py_ssize_t n,
     const float *center, const float *scale, const float *shift, int step,
-    int kind, const Activation *activation, int way,
+    int kind, const Activation *activation, bint in_place,
 ) noexcept nogil:
     """step is 1 where each element has its own channel, 0 where all have one; `stride` is x's."""
     cdef Py_ssize_t i
     cdef float t
     cdef float low = activation.low, high = activation.high, slope = activation.slope
     for i in range(n):
-        t = ((y[i] if way == IN_PLACE else x[i * stride]) - center[i * step]) * scale[i * step] + shift[i * step]
+        t = ((y[i] if in_place else x[i * stride]) - center[i * step]) * scale[i * step] + shift[i * step]
         if residual != NULL:
             t = t + residual[i]
         y[i] = activated(t, kind, low, high, slope)
@@ -359,43 +354,16 @@ cdef struct Rows:
     int ahead                       # where x is asked for meanwhile
 
 
-cdef inline inlined normalize_lines(
-    const float *x, int stride, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
-    const float *center, const float *scale, const float *shift, int step, int kind, const Activation *activation,
-) noexcept nogil:
-    """Two lines from memory, two to memory, and so on: 32 at a time, through a buffer, took twice as long (Zen 1). Of one
-    line GCC would not make vectors."""
-    cdef float[TWO_LINES] lines
-    cdef Py_ssize_t i = 0, phase = 0
-    while i < n:
-        if rows.ahead == INTO_FIRST:
-            bn_prefetch(<const char *> (x + i * stride) + BN_FAR, stride * sizeof(lines))
-        elif rows.ahead == INTO_SECOND:
-            bn_prefetch_far(<const char *> (x + i * stride) + BN_FAR, stride * sizeof(lines))
-        normalize_row(
-            x + i * stride, stride, residual + i if residual != NULL else NULL, lines, TWO_LINES,
-            center + phase, scale + phase, shift + phase, step, kind, activation, APART)
-        bn_stream_lines(<char *> (y + i), <const char *> lines, 2)
-        i += TWO_LINES
-        if step:
-            phase += TWO_LINES
-            if phase >= rows.columns:
-                phase -= rows.columns
-
-
 cdef inline inlined normalize_rows_of(
     const float *x, int stride, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift,
-    int step, int kind, const Activation *activation, int way,
+    int step, int kind, const Activation *activation, bint in_place,
 ) noexcept nogil:
     cdef Py_ssize_t some, _row
-    if way == STREAMED:
-        normalize_lines(x, stride, residual, y, n, rows, center, scale, shift, step, kind, activation)
-        return
     if step == 1 and stride == 1 and kind <= CLIP and rows.columns == FOUR_LINES:
         # Coefficients of so few columns stay in registers: 0.75 to 0.9 of the time.
         for _row in range(n // FOUR_LINES):
-            normalize_row(x, stride, residual, y, FOUR_LINES, center, scale, shift, step, kind, activation, way)
+            normalize_row(x, stride, residual, y, FOUR_LINES, center, scale, shift, step, kind, activation, in_place)
             x = <const float *> (<const char *> x + rows.step.x)
             y = <apart> (<char *> y + rows.step.out)
             if residual != NULL:
@@ -403,7 +371,7 @@ cdef inline inlined normalize_rows_of(
         n %= FOUR_LINES
     while n > 0:
         some = min(n, rows.columns)
-        normalize_row(x, stride, residual, y, some, center, scale, shift, step, kind, activation, way)
+        normalize_row(x, stride, residual, y, some, center, scale, shift, step, kind, activation, in_place)
         n -= some
         x = <const float *> (<const char *> x + rows.step.x)
         y = <apart> (<char *> y + rows.step.out)
@@ -417,40 +385,88 @@ cdef inline inlined normalize_rows_of(
 cdef inline inlined normalize_activated(
     const float *x, int stride, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift,
-    int step, const Activation *activation, int way,
+    int step, const Activation *activation, bint in_place,
 ) noexcept nogil:
-    if activation.kind == IDENTITY:
-        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, IDENTITY, activation, way)
-    elif activation.kind == CLIP:
-        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, CLIP, activation, way)
+    cdef Activation bounds = bounds_of(activation)
+    if residual == NULL and activation.kind == IDENTITY:
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, IDENTITY, activation, in_place)
+    elif activation.kind <= CLIP:
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, CLIP, &bounds, in_place)
     elif activation.kind == LEAKY_RELU:
-        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, LEAKY_RELU, activation, way)
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, LEAKY_RELU, activation, in_place)
     else:
-        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, HARD_SWISH, activation, way)
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, HARD_SWISH, activation, in_place)
+
+
+cdef inline Activation bounds_of(const Activation *activation) noexcept nogil:
+    """None are infinite: one loop for two activations."""
+    cdef Activation bounds = activation[0]
+    if activation.kind != CLIP:
+        bounds.low = -INFINITY
+        bounds.high = INFINITY
+    return bounds
+
+
+cdef once activate_lines(float *y, const Activation *activation) noexcept nogil:
+    cdef Py_ssize_t i
+    if activation.kind == LEAKY_RELU:
+        for i in range(TWO_LINES):
+            y[i] = activated(y[i], LEAKY_RELU, 0, 0, activation.slope)
+    else:
+        for i in range(TWO_LINES):
+            y[i] = activated(y[i], HARD_SWISH, 0, 0, 0)
+
+
+cdef inline inlined normalize_lines(
+    const float *x, int stride, const float *residual, float *y, Py_ssize_t n, const Rows *rows,
+    const float *center, const float *scale, const float *shift, int step, const Activation *activation,
+) noexcept nogil:
+    """Two lines from memory, two to memory, and so on: 32 at a time, through a buffer, took twice as long (Zen 1). Of one
+    line GCC would not make vectors, and loops for each activation would make wheels too large."""
+    cdef float[TWO_LINES] lines
+    cdef Py_ssize_t i = 0, phase = 0
+    cdef Activation bounds = bounds_of(activation)
+    while i < n:
+        if rows.ahead == INTO_FIRST:
+            bn_prefetch(<const char *> (x + i * stride) + BN_FAR, stride * sizeof(lines))
+        elif rows.ahead == INTO_SECOND:
+            bn_prefetch_far(<const char *> (x + i * stride) + BN_FAR, stride * sizeof(lines))
+        normalize_row(
+            x + i * stride, stride, residual + i if residual != NULL else NULL, lines, TWO_LINES,
+            center + phase, scale + phase, shift + phase, step, CLIP, &bounds, False)
+        if activation.kind > CLIP:
+            activate_lines(lines, activation)
+        bn_stream_lines(<char *> (y + i), <const char *> lines, 2)
+        i += TWO_LINES
+        if step:
+            phase += TWO_LINES
+            if phase >= rows.columns:
+                phase -= rows.columns
 
 
 cdef inline inlined normalize_located(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
-    if rows.stride == 2:
-        if BN_STREAMS and rows.streamed:
-            normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, STREAMED)
+    cdef Activation bounds = bounds_of(activation)
+    if BN_STREAMS and rows.streamed:
+        if rows.stride == 2:
+            normalize_lines(x, 2, NULL, y, n, rows, center, scale, shift, step, activation)
+        elif residual != NULL:
+            normalize_lines(x, 1, residual, y, n, rows, center, scale, shift, step, activation)
         else:
-            normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, APART)
+            normalize_lines(x, 1, NULL, y, n, rows, center, scale, shift, step, activation)
+    elif rows.stride == 2:
+        normalize_rows_of(x, 2, NULL, y, n, rows, center, scale, shift, step, CLIP, &bounds, False)
     elif residual != NULL:
-        if BN_STREAMS and rows.streamed:
-            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, STREAMED)
-        elif x == y:
-            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, IN_PLACE)
+        if x == y:
+            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, True)
         else:
-            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, APART)
-    elif BN_STREAMS and rows.streamed:
-        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, activation, STREAMED)
+            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, False)
     elif x == y:
-        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, activation, IN_PLACE)
+        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, activation, True)
     else:
-        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, activation, APART)
+        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, activation, False)
 
 
 cdef void normalize_channels(
@@ -666,7 +682,7 @@ cdef Walk walk_of(
     walk.halves = are_halves(job, &element)
     # Every second float is taken as it lies: through a buffer it is half as fast.
     stride = 2 if job.x.type == FLOAT32 and walk.element.x == 8 and columns >= FEW \
-        and job.residual.data == NULL and not job.coefficients.wide else 1
+        and job.residual.data == NULL and job.activation.kind <= CLIP and not job.coefficients.wide else 1
     run.x = is_run(&job.x, walk.element.x // stride)
     # Loops take nothing but x for being y as well.
     run.residual = job.residual.data == NULL or (
@@ -1083,8 +1099,8 @@ cdef widest add_squares(
     Py_ssize_t ahead,
 ) noexcept nogil:
     # A plane's columns are known. To cut wider rows into such strips is slower: memory wants whole lines in order.
-    if columns == COLUMNS and stride == COLUMNS:
-        add_block(x, COLUMNS, rows, COLUMNS, centers.rounded, sums, True, ahead)
+    if columns == COLUMNS and stride == COLUMNS and (ahead == 0 or ahead == NEXT):
+        add_block(x, COLUMNS, rows, COLUMNS, centers.rounded, sums, True, NEXT if ahead == NEXT else 0)
     else:
         add_block(x, stride, rows, columns, centers.rounded, sums, True, ahead)
 
