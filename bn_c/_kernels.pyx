@@ -390,7 +390,7 @@ cdef inline inlined normalize_activated(
     cdef Activation bounds = bounds_of(activation)
     if residual == NULL and activation.kind == IDENTITY:
         normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, IDENTITY, activation, in_place)
-    elif activation.kind <= CLIP:
+    elif activation.kind <= CLIP or stride == 2:
         normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, CLIP, &bounds, in_place)
     elif activation.kind == LEAKY_RELU:
         normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, LEAKY_RELU, activation, in_place)
@@ -448,7 +448,6 @@ cdef inline inlined normalize_located(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
-    cdef Activation bounds = bounds_of(activation)
     if BN_STREAMS and rows.streamed:
         if rows.stride == 2:
             normalize_lines(x, 2, NULL, y, n, rows, center, scale, shift, step, activation)
@@ -457,7 +456,7 @@ cdef inline inlined normalize_located(
         else:
             normalize_lines(x, 1, NULL, y, n, rows, center, scale, shift, step, activation)
     elif rows.stride == 2:
-        normalize_rows_of(x, 2, NULL, y, n, rows, center, scale, shift, step, CLIP, &bounds, False)
+        normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, False)
     elif residual != NULL:
         if x == y:
             normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, True)
