@@ -1098,8 +1098,10 @@ cdef widest add_squares(
     Py_ssize_t ahead,
 ) noexcept nogil:
     # A plane's columns are known. To cut wider rows into such strips is slower: memory wants whole lines in order.
-    if columns == COLUMNS and stride == COLUMNS and (ahead == 0 or ahead == NEXT):
-        add_block(x, COLUMNS, rows, COLUMNS, centers.rounded, sums, True, NEXT if ahead == NEXT else 0)
+    # On x86 memory alone is the limit for what comes from it, and a loop for that would make wheels too large.
+    cdef bint far = ahead != 0 and ahead != NEXT
+    if columns == COLUMNS and stride == COLUMNS and not (BN_STREAMS and far):
+        add_block(x, COLUMNS, rows, COLUMNS, centers.rounded, sums, True, NEXT if BN_STREAMS and ahead != 0 else ahead)
     else:
         add_block(x, stride, rows, columns, centers.rounded, sums, True, ahead)
 
