@@ -30,7 +30,7 @@ from libc.string cimport memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
-    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
+    CLIP, FIRST, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, SECOND, UINT8, UINT16,
     MAX_NDIM, Activation, Coefficients, Job, Kernels, Operand, magnitude, outer_in_plane, size_of_type,
 )
 from bn_c._images cimport normalize_images
@@ -108,6 +108,7 @@ cdef enum:
     TWO_LINES = 2 * LINE
     FOUR_LINES = 4 * LINE
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
+    STREAMED = 128      # floats of a row, from which on y is streamed also if its lines are not whole
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
     MANY = 64           # rows from which on that is worth repeating coefficients
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
@@ -121,10 +122,6 @@ cdef enum:
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     PLACES = 64         # in the outer dimensions, from which these are at most
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
-
-cdef enum:
-    INTO_FIRST = 1  # cache, x is asked for
-    INTO_SECOND = 2
 
 cdef enum Sum:
     DEVIATIONS      # float, their squares left out
@@ -350,8 +347,8 @@ cdef struct Rows:
     int stride
     Steps step
     bint next_channel               # whose coefficients follow; else they have the same
-    bint streamed                   # y goes to memory; only of rows that join
-    int ahead                       # where x is asked for meanwhile
+    bint streamed                   # y goes to memory
+    int ahead                       # into which cache x is asked for meanwhile
 
 
 cdef inline inlined normalize_rows_of(
@@ -382,6 +379,15 @@ cdef inline inlined normalize_rows_of(
         shift += rows.next_channel
 
 
+cdef inline Activation bounds_of(const Activation *activation) noexcept nogil:
+    """None are infinite: one loop for two activations."""
+    cdef Activation bounds = activation[0]
+    if activation.kind != CLIP:
+        bounds.low = -INFINITY
+        bounds.high = INFINITY
+    return bounds
+
+
 cdef inline inlined normalize_activated(
     const float *x, int stride, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift,
@@ -398,15 +404,6 @@ cdef inline inlined normalize_activated(
         normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, HARD_SWISH, activation, in_place)
 
 
-cdef inline Activation bounds_of(const Activation *activation) noexcept nogil:
-    """None are infinite: one loop for two activations."""
-    cdef Activation bounds = activation[0]
-    if activation.kind != CLIP:
-        bounds.low = -INFINITY
-        bounds.high = INFINITY
-    return bounds
-
-
 cdef once activate_lines(float *y, const Activation *activation) noexcept nogil:
     cdef Py_ssize_t i
     if activation.kind == LEAKY_RELU:
@@ -415,6 +412,14 @@ cdef once activate_lines(float *y, const Activation *activation) noexcept nogil:
     else:
         for i in range(TWO_LINES):
             y[i] = activated(y[i], HARD_SWISH, 0, 0, 0)
+
+
+cdef inline void ask(int cache, const char *x, Py_ssize_t bytes) noexcept nogil:
+    """For what is read next but BN_FAR."""
+    if cache == FIRST:
+        bn_prefetch(x + BN_FAR, bytes)
+    elif cache == SECOND:
+        bn_prefetch_far(x + BN_FAR, bytes)
 
 
 cdef inline inlined normalize_lines(
@@ -427,10 +432,7 @@ cdef inline inlined normalize_lines(
     cdef Py_ssize_t i = 0, phase = 0
     cdef Activation bounds = bounds_of(activation)
     while i < n:
-        if rows.ahead == INTO_FIRST:
-            bn_prefetch(<const char *> (x + i * stride) + BN_FAR, stride * sizeof(lines))
-        elif rows.ahead == INTO_SECOND:
-            bn_prefetch_far(<const char *> (x + i * stride) + BN_FAR, stride * sizeof(lines))
+        ask(rows.ahead, <const char *> (x + i * stride), stride * sizeof(lines))
         normalize_row(
             x + i * stride, stride, residual + i if residual != NULL else NULL, lines, TWO_LINES,
             center + phase, scale + phase, shift + phase, step, CLIP, &bounds, False)
@@ -492,27 +494,38 @@ cdef void normalize_loops(
         normalize_channel(x, residual, y, n, rows, center, scale, shift, activation)
 
 
-cdef void stream_floats(
+cdef Py_ssize_t stream_floats(
     const float *x, const float *residual, float *y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
+    float *line, Py_ssize_t begun, bint goes_on,
 ) noexcept nogil:
-    """Pairs of lines, then one that is left. A first or last line that is written in part is stored normally."""
-    cdef float[LINE] line
+    """Pairs of lines; a single one through `line`, of which `begun` floats are there from the row before.
+
+    If the next row goes on where this one ends, they share a line: what of it is there then is returned, and not stored.
+    """
     cdef Rows part = rows[0]
-    cdef Py_ssize_t i = 0, head = min(n, <Py_ssize_t> (-<size_t> y % 64) // 4), left, some, phase
-    cdef bint one
+    cdef Py_ssize_t offset = <size_t> y % 64 // 4, i = 0, at, left, some, phase
+    cdef bint apart
     while i < n:
+        at = (offset + i) % LINE
         left = n - i
-        part.streamed = i >= head and left >= TWO_LINES
-        one = i >= head and LINE <= left < TWO_LINES
-        some = head if i < head else left // TWO_LINES * TWO_LINES if part.streamed else min(left, <Py_ssize_t> LINE)
+        part.streamed = at == 0 and left >= TWO_LINES
+        apart = not part.streamed and at == begun
+        some = left // TWO_LINES * TWO_LINES if part.streamed else min(left, LINE - at)
         phase = i % rows.columns * step
         normalize_loops(
-            x + i * rows.stride, residual + i if residual != NULL else NULL, &line[0] if one else y + i, some, &part,
+            x + i * rows.stride, residual + i if residual != NULL else NULL, line + at if apart else y + i, some, &part,
             center + phase, scale + phase, shift + phase, step, activation)
-        if one:
-            bn_stream_lines(<char *> (y + i), <const char *> &line[0], 1)
         i += some
+        if apart:
+            begun = at + some
+        if begun == LINE:
+            bn_stream_lines(<char *> (y + i - LINE), <const char *> line, 1)
+            begun = 0
+    if begun > 0 and not goes_on:
+        memcpy(y + n - begun, line, begun * sizeof(float))
+        begun = 0
+    return begun
 
 
 cdef void normalize_floats(
@@ -520,8 +533,9 @@ cdef void normalize_floats(
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
     """n elements, in rows of which the last may be shorter."""
+    cdef float[LINE] line
     if rows.streamed:
-        stream_floats(x, residual, y, n, rows, center, scale, shift, step, activation)
+        stream_floats(x, residual, y, n, rows, center, scale, shift, step, activation, line, 0, False)
     else:
         normalize_loops(x, residual, y, n, rows, center, scale, shift, step, activation)
 
@@ -617,9 +631,10 @@ cdef struct Walk:
     Steps element
     Steps row
     bint halves
-    bint far                        # x comes from memory, which is asked ahead: not short planes, nor what has gaps
+    int ahead                       # into which cache x is asked for: from memory, without gaps
     bint short_rows                 # those of y: a page at most
     bint whole_lines                # those of y
+    bint streamed                   # each row of y goes to memory, from floats as they are
     Loop over_run                   # over elements of one row, or of several that are joined in all arrays
     Loop over_rows                  # over several rows
 
@@ -669,13 +684,10 @@ cdef Walk walk_of(
     cdef Loop run
     cdef Loop rows
     cdef int stride
-    cdef Py_ssize_t seen_coming
     walk.step = step
     walk.element = element
     walk.row = row
-    # CPUs with larger first caches see rows of up to a kilobyte coming: 0.8 to 0.95 of the time without asking.
-    seen_coming = BN_FAR if step == 0 else (1 << 10 if job.into_first else 0)
-    walk.far = job.far and element.x == size_of_type(job.x.type) and columns * element.x > seen_coming
+    walk.ahead = job.far if element.x == size_of_type(job.x.type) else 0
     walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
     walk.whole_lines = columns * element.out % FOUR_LINES == 0
     walk.halves = are_halves(job, &element)
@@ -695,8 +707,7 @@ cdef Walk walk_of(
     run.rows.streamed = job.stream and run.out
     if run.rows.streamed:
         run.rows.columns *= 1 + (TWO_LINES - 1) // period      # two lines at least, behind which they are there again
-    if walk.far and run.rows.streamed and run.x:
-        run.rows.ahead = INTO_FIRST if job.into_first else INTO_SECOND
+        run.rows.ahead = walk.ahead if run.x else 0
     rows.rows = joined_rows(columns if columns >= FEW or not step else period, stride, next_channel)
     if columns >= FEW:
         if rows.x:
@@ -709,6 +720,8 @@ cdef Walk walk_of(
         rows.x = rows.x and row.x == columns * 4
         rows.residual = rows.residual and (job.residual.data == NULL or row.residual == columns * 4)
         rows.out = rows.out and row.out == columns * 4
+    walk.streamed = run.rows.streamed and run.x and run.residual and not job.coefficients.wide \
+        and (walk.whole_lines or not walk.short_rows or (row.out == columns * 4 and columns >= STREAMED))
     walk.over_run = run
     walk.over_rows = rows
     return walk
@@ -730,11 +743,8 @@ cdef void normalize_chunk(
     cdef const float *x = <const float *> at.x
     cdef const float *residual = <const float *> at.residual
     cdef float *y = <float *> at.out if loop.out else buffer
-    if walk.far and not loop.rows.ahead and (rows == 1 or walk.row.x == columns * walk.element.x):
-        if job.into_first:
-            bn_prefetch(at.x + BN_FAR, rows * columns * walk.element.x)
-        else:
-            bn_prefetch_far(at.x + BN_FAR, rows * columns * walk.element.x)
+    if not loop.rows.ahead and (rows == 1 or walk.row.x == columns * walk.element.x):
+        ask(walk.ahead, at.x, rows * columns * walk.element.x)
     if not loop.residual:
         load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
         residual = added
@@ -803,18 +813,24 @@ cdef void normalize_table(
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
 ) noexcept nogil:
     """Rows one step from each other."""
-    cdef bint all_floats = everywhere(job, &walk.over_rows)
+    cdef bint all_floats = everywhere(job, &walk.over_rows) and not walk.streamed
     cdef bint all_halves = walk.halves and columns >= FEW and (walk.short_rows or walk.whole_lines or not job.stream)
-    cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2
+    cdef bint one_by_one = walk.streamed or job.coefficients.wide or columns > CHUNK // 2
+    cdef bint joined = walk.row.out == columns * walk.element.out
     cdef bint apart = job.far and walk.short_rows and 0 < walk.element.x <= 8 \
         and lie_apart(walk.row.x, columns * walk.element.x)
     cdef Py_ssize_t some = rows if (all_floats or all_halves) and not apart else 1 if one_by_one else CHUNK // columns
-    cdef Py_ssize_t ahead = rows_ahead(walk.row.x, some)
+    cdef Py_ssize_t ahead = rows_ahead(walk.row.x, some), begun = 0
+    cdef float[LINE] line
     while rows > 0:
         some = min(some, rows)
         if apart:
             prefetch_rows(at.x + ahead * walk.row.x, walk.row.x, columns * walk.element.x, min(some, rows - ahead))
-        if all_floats:
+        if walk.streamed:
+            begun = stream_floats(
+                <const float *> at.x, <const float *> at.residual, <float *> at.out, columns, &walk.over_run.rows,
+                center, scale, shift, walk.step, &job.activation, line, begun, joined and rows > 1)
+        elif all_floats:
             normalize_floats(
                 <const float *> at.x, <const float *> at.residual, <float *> at.out, some * columns, &walk.over_rows.rows,
                 center, scale, shift, walk.step, &job.activation)
@@ -1006,7 +1022,7 @@ cdef struct View:
     Py_ssize_t outer
     int outer_ndim
     const Py_ssize_t *outer_shape
-    bint far                        # x comes from memory
+    int far                         # as in a job
     Positions x
     Positions mask                  # data NULL: every element counts
 
@@ -1484,7 +1500,7 @@ cdef View sample_of(const View *view, Thinned *outer) noexcept nogil:
     cdef View sample = view[0]
     cdef Py_ssize_t n = view.outer * view.inner * view.width
     cdef Py_ssize_t most = ROW_SAMPLE
-    sample.far = False
+    sample.far = 0
     if n <= FEW_ROWS:
         return sample
     if view.channels > 1:
@@ -1525,7 +1541,7 @@ cdef View windows_of(const View *planes, Thinned *outer) noexcept nogil:
     if sample.inner > 1:
         sample.x.inner += places // (sample.inner - 1) * sample.number
     thin_outer(&sample, outer)
-    sample.far = False
+    sample.far = 0
     sample.separate = True
     sample.width = sample.kept = COLUMNS
     sample.per_row = 1

@@ -18,6 +18,10 @@ from bn_c cimport (
 cdef enum:
     MAX_NDIM = 32
 
+cdef enum:
+    FIRST = 1
+    SECOND = 2
+
 cdef struct Operand:
     char *data                      # NULL: absent
     int type
@@ -43,8 +47,8 @@ cdef struct Coefficients:
 cdef struct Job:
     bint channels_last
     bint stream                     # write past the caches: out is larger than they are
-    bint far                        # x comes from memory: what the call touches is larger than the caches
-    bint into_first                 # for y it is asked for into the first cache, not the second
+    int far                         # x comes from memory, as what the call touches is larger than the caches:
+                                    # FIRST or SECOND, the cache into which it is asked for; else 0
     Py_ssize_t channels
     Py_ssize_t inner
     Py_ssize_t outer
