@@ -1,27 +1,25 @@
-"""The loops of the forward pass, compiled once per instruction set from this one source.
-
-    moments     mean = sum(x) / m,  m2 = sum((x - mean)^2)          (var = m2 / m)
-    fold        scale = gamma / sqrt(var + eps),  shift = beta - (mean - center) * scale
-    normalize   y = activation((x - center) * scale + shift + residual)
-
-a. Everything happens in blocks that stay in L1. A block that is not a run of floats (half, integers,
-   strides) is loaded into a buffer of floats first, one that is not stored as such is stored from it.
-b. Statistics are sums of deviations, and of their squares, from a center near the mean, which a sample taken
-   all over the channel tells. A center that proves to be more than a quarter of a standard deviation off is
-   replaced by the mean found, and the sums are taken again.
-   They are kept in columns: x is seen as a table whose columns have one channel each. Rows of channels are that as
-   they are, few channels several rows at a time. Short planes lie side by side, a row from each image, as do lines
-   of planes with gaps between them; those of
-   two strips of COLUMNS and more are added strip by strip to the same sums. A long plane is cut into rows of
-   COLUMNS, and what its eights of rows leave over is added like a short plane.
-   The columns of a channel are added up at the end. So there is no loop over one single sum, and every instruction
-   set vectorises the same additions in the same order: the same bits.
-c. Errors. A deviation (2^-24, twice when squared), its square (2^-24) and a tree of four of them (2 * 2^-24)
-   round in float, what follows is double: var is within 5 * 2^-24 = 3e-7. Channels whose squares leave the
-   range of float, and integers, are summed in double, twice: for the mean, then about it.
-d. Literal arguments of inlined functions make one loop for each case out of one source. `apart` tells the compiler
-   that y overlaps nothing, which makes rows of channels 1.3 x faster; in place, x is read through y.
-"""
+"""The loops of the forward pass, compiled once per instruction set from this one source."""
+#     moments     mean = sum(x) / m,  m2 = sum((x - mean)^2)          (var = m2 / m)
+#     fold        scale = gamma / sqrt(var + eps),  shift = beta - (mean - center) * scale
+#     normalize   y = activation((x - center) * scale + shift + residual)
+#
+# a. Everything happens in blocks that stay in L1. A block that is not a run of floats (half, integers,
+#    strides) is loaded into a buffer of floats first, one that is not stored as such is stored from it.
+# b. Statistics are sums of deviations, and of their squares, from a center near the mean, which a sample taken
+#    all over the channel tells. A center that proves to be more than a quarter of a standard deviation off is
+#    replaced by the mean found, and the sums are taken again.
+#    They are kept in columns: x is seen as a table whose columns have one channel each. Rows of channels are that as
+#    they are, few channels several rows at a time. Short planes lie side by side, a row from each image, as do lines
+#    of planes with gaps between them; those of
+#    two strips of COLUMNS and more are added strip by strip to the same sums. A long plane is cut into rows of
+#    COLUMNS, and what its eights of rows leave over is added like a short plane.
+#    The columns of a channel are added up at the end. So there is no loop over one single sum, and every instruction
+#    set vectorises the same additions in the same order: the same bits.
+# c. Errors. A deviation (2^-24, twice when squared), its square (2^-24) and a tree of four of them (2 * 2^-24)
+#    round in float, what follows is double: var is within 5 * 2^-24 = 3e-7. Channels whose squares leave the
+#    range of float, and integers, are summed in double, twice: for the mean, then about it.
+# d. Literal arguments of inlined functions make one loop for each case out of one source. `apart` tells the compiler
+#    that y overlaps nothing, which makes rows of channels 1.3 x faster; in place, x is read through y.
 
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
