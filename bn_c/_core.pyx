@@ -26,7 +26,7 @@ from bn_c cimport (
     BN_C_ABI, BN_NO_MEMORY, BN_NULL, BN_OK, BN_OVERLAP, BN_UNALIGNED, bn_api, bn_array, bn_params,
 )
 from bn_c._layout cimport (
-    CLIP, FIRST, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, SECOND, UINT8, UINT16,
+    BN_FIRST, BN_SECOND, CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
     CHANNELS, Activation, Coefficients, Images, Job, Kernels, Operand,
     is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, outer_in_plane, size_of, size_of_type, take,
     take_channels, widest_loop,
@@ -948,7 +948,7 @@ cdef void lay_out_y(
     # To ask for one of two arrays ahead slows the other down more than it helps.
     job.far = 0
     if arrays.residual.strides == NULL and come_from_memory(touched(arrays)):
-        job.far = FIRST if first_cache >= HOLDS_FAR else SECOND
+        job.far = BN_FIRST if first_cache >= HOLDS_FAR else BN_SECOND
     # Beside as much of x the caches would not hold y.
     job.stream = kernels.streams and arrays.out.len > caches // 2 and arrays.out.data != arrays.x.data
 
@@ -956,7 +956,7 @@ cdef void lay_out_y(
 cdef void lay_out_statistics(Job *job, const Arrays *arrays, int at, Py_ssize_t bytes) noexcept nogil:
     """Of a call that reads and writes so many bytes."""
     lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, arrays.mask.strides, NULL)
-    job.far = SECOND if come_from_memory(bytes) else 0
+    job.far = BN_SECOND if come_from_memory(bytes) else 0
 
 
 cdef object forward(

@@ -28,7 +28,7 @@ from libc.string cimport memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
-    CLIP, FIRST, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, SECOND, UINT8, UINT16,
+    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
     MAX_NDIM, Activation, Coefficients, Job, Kernels, Operand, magnitude, outer_in_plane, size_of_type,
 )
 from bn_c._images cimport normalize_images
@@ -49,9 +49,10 @@ cdef extern from "bn_c/half.h" nogil:
         const float *shift
         float low
         float high
+        int ahead
     Py_ssize_t bn_normalize_halves(
         bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, int step, int next, int stream)
-    Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, int stream)
+    Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
         const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
@@ -73,6 +74,7 @@ cdef extern from "bn_c/stream.h" nogil:
     void bn_prefetch(const char *data, Py_ssize_t count)
     void bn_prefetch_to_write(const char *data, Py_ssize_t count)
     void bn_prefetch_far(const char *data, Py_ssize_t count)
+    void bn_ask(int cache, const char *data, Py_ssize_t count)
     bint BN_STREAMS
     void bn_stream_lines(char *to, const char *source, int lines)
     void bn_stream(char *to, const char *source, size_t count)
@@ -412,14 +414,6 @@ cdef once activate_lines(float *y, const Activation *activation) noexcept nogil:
             y[i] = activated(y[i], HARD_SWISH, 0, 0, 0)
 
 
-cdef inline void ask(int cache, const char *x, Py_ssize_t bytes) noexcept nogil:
-    """For what is read next but BN_FAR."""
-    if cache == FIRST:
-        bn_prefetch(x + BN_FAR, bytes)
-    elif cache == SECOND:
-        bn_prefetch_far(x + BN_FAR, bytes)
-
-
 cdef inline inlined normalize_lines(
     const float *x, int stride, const float *residual, float *y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
@@ -430,7 +424,7 @@ cdef inline inlined normalize_lines(
     cdef Py_ssize_t i = 0, phase = 0
     cdef Activation bounds = bounds_of(activation)
     while i < n:
-        ask(rows.ahead, <const char *> (x + i * stride), stride * sizeof(lines))
+        bn_ask(rows.ahead, <const char *> (x + i * stride), stride * sizeof(lines))
         normalize_row(
             x + i * stride, stride, residual + i if residual != NULL else NULL, lines, TWO_LINES,
             center + phase, scale + phase, shift + phase, step, CLIP, &bounds, False)
@@ -543,17 +537,6 @@ cdef struct Place:
     const char *x
     const char *residual            # NULL: absent
     char *out
-
-
-cdef bn_row_of_halves row_of_halves(
-    const Job *job, const Place *at, const Steps *row, const float *center, const float *scale, const float *shift,
-) noexcept nogil:
-    cdef bint bounded = job.activation.kind == CLIP
-    return bn_row_of_halves(
-        x=<const uint16_t *> at.x, residual=<const uint16_t *> at.residual, y=<uint16_t *> at.out,
-        x_row=row.x, residual_row=row.residual, y_row=row.out,
-        center=center, scale=scale, shift=shift,
-        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY)
 
 
 cdef Py_ssize_t normalize_halves(
@@ -725,6 +708,17 @@ cdef Walk walk_of(
     return walk
 
 
+cdef bn_row_of_halves row_of_halves(
+    const Job *job, const Walk *walk, const Place *at, const float *center, const float *scale, const float *shift,
+) noexcept nogil:
+    cdef bint bounded = job.activation.kind == CLIP
+    return bn_row_of_halves(
+        x=<const uint16_t *> at.x, residual=<const uint16_t *> at.residual, y=<uint16_t *> at.out,
+        x_row=walk.row.x, residual_row=walk.row.residual, y_row=walk.row.out,
+        center=center, scale=scale, shift=shift,
+        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY, ahead=walk.ahead)
+
+
 cdef bint everywhere(const Job *job, const Loop *loop) noexcept nogil:
     return loop.x and loop.residual and loop.out and not job.coefficients.wide
 
@@ -742,7 +736,7 @@ cdef void normalize_chunk(
     cdef const float *residual = <const float *> at.residual
     cdef float *y = <float *> at.out if loop.out else buffer
     if not loop.rows.ahead and (rows == 1 or walk.row.x == columns * walk.element.x):
-        ask(walk.ahead, at.x, rows * columns * walk.element.x)
+        bn_ask(walk.ahead, at.x, rows * columns * walk.element.x)
     if not loop.residual:
         load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
         residual = added
@@ -780,18 +774,18 @@ cdef void normalize_run(
         if <size_t> at.out % 64 > 0:
             n = min(most, <Py_ssize_t> ((64 - <size_t> at.out % 64) // <size_t> walk.element.out))
     while total > 0:
-        if walk.halves and walk.step and n == most:
+        if walk.halves and walk.step and n == most and not job.stream:
             # After whole rows the phase is the same.
             done = bn_normalize_rows_of_halves(
-                row_of_halves(job, &at, &walk.row, center + phase, scale + phase, shift + phase), total,
-                walk.over_run.rows.columns, job.stream)
+                row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), total,
+                walk.over_run.rows.columns)
             move(&at, &walk.element, done)
             total -= done
         n = min(n, total)
         done = 0
         if walk.halves:
             done = normalize_halves(
-                row_of_halves(job, &at, &walk.row, center + phase, scale + phase, shift + phase), 1, n, walk.step, False,
+                row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), 1, n, walk.step, False,
                 job.stream)
             move(&at, &walk.element, done)
             phase += done * walk.step
@@ -834,7 +828,7 @@ cdef void normalize_table(
                 center, scale, shift, walk.step, &job.activation)
         elif all_halves:
             normalize_halves(
-                row_of_halves(job, &at, &walk.row, center, scale, shift), some, columns, walk.step,
+                row_of_halves(job, walk, &at, center, scale, shift), some, columns, walk.step,
                 walk.over_rows.rows.next_channel, job.stream and walk.whole_lines)
         elif one_by_one:
             normalize_run(job, walk, at, columns, center, scale, shift, columns, first)

@@ -15,12 +15,13 @@ from bn_c cimport (
     BN_UINT8 as UINT8, BN_UINT16 as UINT16, bn_activation as Activation,
 )
 
-cdef enum:
-    MAX_NDIM = 32
+cdef extern from "bn_c/stream.h":
+    enum:
+        BN_FIRST
+        BN_SECOND
 
 cdef enum:
-    FIRST = 1
-    SECOND = 2
+    MAX_NDIM = 32
 
 cdef struct Operand:
     char *data                      # NULL: absent
@@ -48,7 +49,7 @@ cdef struct Job:
     bint channels_last
     bint stream                     # write past the caches: out is larger than they are
     int far                         # x comes from memory, as what the call touches is larger than the caches:
-                                    # FIRST or SECOND, the cache into which it is asked for; else 0
+                                    # BN_FIRST or BN_SECOND, the cache into which it is asked for; else 0
     Py_ssize_t channels
     Py_ssize_t inner
     Py_ssize_t outer

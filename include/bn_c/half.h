@@ -166,6 +166,7 @@ typedef struct {
     const float *shift;
     float low;
     float high;
+    int ahead; /* the cache into which x is asked for where y is streamed; 0: none */
 } bn_row_of_halves;
 
 #if BN_CONVERTS_HALVES
@@ -185,6 +186,8 @@ bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int ste
     bn_floats c = bn_all(*r.center), a = bn_all(*r.scale), b = bn_all(*r.shift);
     for (; i + BN_LANES * (rows ? 1 : count) <= n; i += BN_LANES * (rows ? 1 : count)) {
         bn_halves halves[BN_ROWS];
+        if (stream)
+            bn_ask(r.ahead, (const char *)(r.x + i), BN_LINE);
         for (int j = 0; j < count; j++) {
             if (step && (j == 0 || !rows)) {
                 c = bn_floats_at(r.center + i + BN_LANES * j);
@@ -212,29 +215,28 @@ bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int ste
 /* The loop above with what is known of it beforehand. */
 static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(bn_row_of_halves r, ptrdiff_t i,
                                                                          ptrdiff_t n, const int step,
-                                                                         const int added, int stream,
+                                                                         const int added, const int stream,
                                                                          const int count, const int rows)
 {
     const int bounded = added || r.low > -INFINITY || r.high < INFINITY;
 #define BN_NORMALIZE(bounded, stream) bn_normalize_vectors(r, i, n, step, added, bounded, stream, count, rows)
-#if defined(__F16C__)
-    if (stream && (uintptr_t)r.y % sizeof(bn_halves) == 0)
+#if BN_STREAMS
+    if (stream)
         return bounded ? BN_NORMALIZE(1, 1) : BN_NORMALIZE(0, 1);
 #endif
-    (void)stream;
     return bounded ? BN_NORMALIZE(1, 0) : BN_NORMALIZE(0, 0);
 #undef BN_NORMALIZE
 }
 
 /* n elements, a vector at least. The last vector is done with those before it that it overlaps; where y is
- * what is read, it is loaded first. Of rows that end within a vector whole lines only are streamed. */
+ * what is read, it is loaded first. Whole lines only are streamed. */
 static inline __attribute__((always_inline)) void
 bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, const int added, int stream)
 {
     uint16_t x[BN_LANES], residual[BN_LANES];
     const ptrdiff_t last = n - BN_LANES, own = step ? last : 0;
     bn_row_of_halves rest = r;
-    ptrdiff_t i = 0;
+    ptrdiff_t i = 0, until = n;
     rest.x += last;
     if (added)
         rest.residual += last;
@@ -247,22 +249,29 @@ bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, cons
         if (added)
             rest.residual = memcpy(residual, rest.residual, sizeof residual);
     }
-    if (stream)
-        i = bn_normalize_some(r, i, n % BN_LANES ? n & -BN_LINE / 2 : n, step, added, 1, 1, 0);
-    i = bn_normalize_some(r, i, n, step, added, 0, BN_ROWS, 0);
-    i = bn_normalize_some(r, i, n, step, added, 0, 1, 0);
+    if (stream && (uintptr_t)r.y % sizeof(bn_halves) == 0) {
+        until = -(uintptr_t)r.y % BN_LINE / sizeof *r.y;
+        until = until < n ? until : n;
+    }
+    for (;;) {
+        i = bn_normalize_some(r, i, until, step, added, 0, BN_ROWS, 0);
+        i = bn_normalize_some(r, i, until, step, added, 0, 1, 0);
+        if (until == n)
+            break;
+        i = bn_normalize_some(r, i, n, step, added, 1, BN_ROWS, 0);
+        until = n;
+    }
     if (i < n)
         bn_normalize_vectors(rest, 0, BN_LANES, step, added, 1, 0, 1, 0);
 }
 
 /* BN_ROWS rows, whole vectors each, whose elements have coefficients of their own. */
-static inline __attribute__((always_inline)) void bn_normalize_four_rows(bn_row_of_halves r, ptrdiff_t n,
-                                                                         int stream)
+static inline __attribute__((always_inline)) void bn_normalize_four_rows(bn_row_of_halves r, ptrdiff_t n)
 {
     if (r.residual)
-        bn_normalize_some(r, 0, n, 1, 1, stream, BN_ROWS, 1);
+        bn_normalize_some(r, 0, n, 1, 1, 0, BN_ROWS, 1);
     else
-        bn_normalize_some(r, 0, n, 1, 0, stream, BN_ROWS, 1);
+        bn_normalize_some(r, 0, n, 1, 0, 0, BN_ROWS, 1);
 }
 
 static inline void bn_move(bn_row_of_halves *r, ptrdiff_t rows)
@@ -288,7 +297,7 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
         return 0;
     if (step && !stream && columns % 16 == 0)
         for (; row + BN_ROWS <= rows; row += BN_ROWS) {
-            bn_normalize_four_rows(r, columns, 0);
+            bn_normalize_four_rows(r, columns);
             bn_move(&r, BN_ROWS);
         }
     for (; row < rows; row++) {
@@ -309,8 +318,7 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
 
 /* Of n elements in joined rows, whose elements have coefficients of their own, as many as are whole fours of
  * rows. */
-static inline ptrdiff_t bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns,
-                                                    int stream)
+static inline ptrdiff_t bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns)
 {
     ptrdiff_t done = 0;
 #if BN_CONVERTS_HALVES
@@ -318,9 +326,7 @@ static inline ptrdiff_t bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_
     r.x_row = r.residual_row = r.y_row = columns * (ptrdiff_t)sizeof(uint16_t);
     if (columns % 16 == 0)
         for (; done + some <= n; done += some) {
-            if (stream && columns > 64) /* shorter ones memory sees coming: 0.9 of the time without */
-                bn_prefetch_far((const char *)r.x + BN_FAR, BN_ROWS * r.x_row);
-            bn_normalize_four_rows(r, columns, stream);
+            bn_normalize_four_rows(r, columns);
             bn_move(&r, BN_ROWS);
         }
 #endif
