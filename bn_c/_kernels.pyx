@@ -110,7 +110,7 @@ cdef enum:
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     STREAMED = 128      # floats of a row, from which on y is streamed also if its lines are not whole
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
-    MANY = 64           # rows from which on that is worth repeating coefficients
+    MANY = 64           # rows from which on it is worth repeating coefficients, or asking for each beside another
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
     NEXT = 8 * COLUMNS * 4  # bytes: the eight rows after those that are added
     LANES = 8           # of a sum
@@ -1053,7 +1053,7 @@ cdef inline inlined add_block(
 ) noexcept nogil:
     cdef double *deviations = sums.deviations
     cdef double *squares = sums.squares
-    cdef Py_ssize_t row, c
+    cdef Py_ssize_t row, c, later
     cdef const float *a
     cdef const char *far
     cdef float d0, d1, one = BN_ONE
@@ -1064,10 +1064,10 @@ cdef inline inlined add_block(
             bn_prefetch(<const char *> a + NEXT, NEXT)
         elif ahead != 0:
             # Little by little: asking for all of it at once took 1.4 x, and 2 x in rows (Zen 1).
-            far = <const char *> a + ahead
             while c + LINE <= columns:
-                bn_prefetch_far(far, 8 * 4 * LINE)
-                far += 8 * 4 * LINE
+                far = <const char *> (a + c) + ahead
+                for later in range(8):
+                    bn_prefetch_far(far + later * stride * 4, 1)
                 add_eight(a + c, stride, LINE, center + c, deviations + c, squares + c, squared, one)
                 c += LINE
         add_eight(a + c, stride, columns - c, center + c, deviations + c, squares + c, squared, one)
@@ -1378,6 +1378,8 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
     # Of planes eight rows are read at once, and then the next plane's: no gap is too small.
     cdef bint apart = view.far and 0 < view.number <= 8 and view.x.inner != numbers * view.number \
         and (view.width > 1 or lie_apart(view.x.inner, numbers * view.number))
+    # Many long ones are asked for while those eight rows before them are added, others by themselves.
+    cdef bint evenly = apart and direct and view.inner >= MANY and columns >= FOUR_LINES and not in_strips(view)
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
     cdef Py_ssize_t position, start, next, table, left, some, filled = 0, n = 0, rows, ahead, far
@@ -1386,10 +1388,11 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
     cdef const char *mask = NULL
     cdef Centers about = centers[0]
     cdef Sums at = sums[0]
+    apart = apart and not evenly
     for position in range(view.outer):
         start = place(view, &view.x, position)
         next = place(view, &view.x, position + 1) if direct and position + 1 < view.outer else start
-        ahead = ahead_of(view, position)
+        ahead = 8 * view.x.inner if evenly else ahead_of(view, position)
         far = ahead if view.far else 0
         for table in range(tables):
             x = view.x.data + start + table * view.x.channel

@@ -452,12 +452,16 @@ static inline BN_INLINED ptrdiff_t bn_add_rows_of_halves(const uint16_t *x, ptrd
     const ptrdiff_t whole = width & -(ptrdiff_t)BN_TERMS, turn = kept < width ? kept - 1 : -1;
     for (; row + 8 <= rows; row += 8) {
         const uint16_t *eight = x + row * stride;
-        if (ahead)
-            bn_prefetch_far((const char *)eight + ahead, 16 * columns);
         for (ptrdiff_t first = 0, at = 0; first < columns; first += width, at += kept) {
-            for (ptrdiff_t c = 0; c < whole; c += BN_TERMS)
+            for (ptrdiff_t c = 0; c < whole; c += BN_TERMS) {
+                if (ahead && stride == columns)
+                    bn_prefetch_far((const char *)eight + ahead + 16 * (first + c), 16 * BN_TERMS);
+                else if (ahead && c % (BN_LINE / 2) == 0)
+                    for (int k = 0; k < 8; k++)
+                        bn_prefetch_far((const char *)(eight + first + c + k * stride) + ahead, 1);
                 bn_add_eight_halves(eight + first + c, stride, center + at + (c & turn),
                                     deviations + at + (c & turn), squares + at + (c & turn), one);
+            }
             if (whole < width)
                 bn_add_last_halves(eight + first + whole, stride, width - whole, center + at + (whole & turn),
                                    deviations + at + (whole & turn), squares + at + (whole & turn), one);
