@@ -89,13 +89,16 @@ cdef enum:
     ROWS = 1 << 12              # of a channel, from which on two halves of one are: samples are a small part of them
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
     COLUMNS = 64                # channels of rows, at least, whose statistics one thread takes: whole cache lines
-    UNIT = 1 << 18              # bytes of channels from memory that are normalised while they are still in L2
+    UNIT = 1 << 18              # bytes of channels that are normalised while they are still in the second cache
+    LARGE_UNIT = 1 << 20        # the same of what comes from memory, where that cache is large
+    HOLDS_UNITS = 2 << 20       # bytes of a large one
     HOLDS_FAR = 48 << 10        # bytes of a first cache that holds BN_FAR beside all else
     HUGE_PAGE = 1 << 21         # bytes, as x86-64 and most ARM64 systems have them
 
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t caches = 0                  # bytes of the last one, of which a call may have three quarters
 cdef Py_ssize_t first_cache = 0             # bytes of the first one, for data
+cdef Py_ssize_t second_cache = 0
 # Elements, for each pass over x: below, waking threads (some 30 us) costs more than they do; below half of
 # that, so do threads that are awake.
 cdef Py_ssize_t parallel_from = 1 << 20
@@ -110,11 +113,12 @@ def cpu_runs(str isa):
     return bn_cpu_runs(isa.encode())
 
 
-def use(capsule, Py_ssize_t last, Py_ssize_t first):
+def use(capsule, Py_ssize_t last, Py_ssize_t first, Py_ssize_t second):
     """Makes the loops of one instruction set those that every call runs, on a CPU with caches of so many bytes."""
-    global kernels, caches, first_cache
+    global kernels, caches, first_cache, second_cache
     caches = last
     first_cache = first
+    second_cache = second
     kernels = <const Kernels *> PyCapsule_GetPointer(capsule, "bn_c.kernels")
 
 
@@ -569,10 +573,11 @@ cdef void normalize_units(const Work *work) noexcept nogil:
     cdef Py_ssize_t plane = x.inner * outer_in_plane(x) * size_of_type(x.x.type)
     cdef Py_ssize_t channel = x.inner * x.outer * size_of_type(x.x.type)
     cdef Py_ssize_t start = 0, stop, step = work.job.channels
-    cdef Py_ssize_t some = max(<Py_ssize_t> 1, UNIT // channel)
-    # Jumping from plane to plane costs more than reading x from memory again, but for long runs of x alone (planes of
-    # 224 x 224 floats: 0.8 of the time; of 112 x 112 halves 1.1 x, with a residual 1.2 x).
-    if x.far and some * plane >= UNIT // 8 and work.job.residual.data == NULL:
+    cdef bint large = second_cache >= HOLDS_UNITS
+    cdef Py_ssize_t some = max(<Py_ssize_t> 1, (LARGE_UNIT if large and x.far else UNIT) // channel)
+    # With a smaller second cache, jumping from plane to plane costs more than reading x again, but for long runs of x alone
+    # from memory (planes of 224 x 224 floats: 0.8 of the time; of 112 x 112 halves 1.1 x, with a residual 1.2 x).
+    if large or (x.far and some * plane >= UNIT // 8 and work.job.residual.data == NULL):
         step = some
     while start < work.job.channels:
         stop = min(start + step, work.job.channels)

@@ -46,15 +46,16 @@ def cache(index: int) -> int:
 # virtual machine that was told 300 MB held 50.
 LAST_CACHE = min(cache(3) or cache(2) or 4 << 20, 64 << 20)
 FIRST_CACHE = cache(0) or 32 << 10
+SECOND_CACHE = cache(2)
 
 
-def use(isa: str, last: int = LAST_CACHE, first: int = FIRST_CACHE) -> None:
+def use(isa: str, last: int = LAST_CACHE, first: int = FIRST_CACHE, second: int = SECOND_CACHE) -> None:
     """Loads the kernels of a supported instruction set and makes them those that every call runs.
 
     What is larger than the `last` cache, in bytes, is taken to be in memory, and asked for ahead into the `first` one
-    if that is large enough.
+    if that is large enough. A large `second` one holds channels between their statistics and y.
     """
-    _core.use(import_module(f"bn_c._kernels_{isa}").table, last, first)
+    _core.use(import_module(f"bn_c._kernels_{isa}").table, last, first, second)
 
 
 isa = choose(os.environ.get("BN_C_MAX_ISA"))
