@@ -108,7 +108,7 @@ cdef enum:
     TWO_LINES = 2 * LINE
     FOUR_LINES = 4 * LINE
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
-    STREAMED = 128      # floats of a row, from which on y is streamed also if its lines are not whole
+    STREAMED = 96       # floats of a row, from which on it is streamed although it may share lines with the next
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
     MANY = 64           # rows from which on it is worth repeating coefficients, or asking for each beside another
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
@@ -612,7 +612,7 @@ cdef struct Walk:
     Steps element
     Steps row
     bint halves
-    int ahead                       # into which cache x is asked for: from memory, without gaps
+    int ahead                       # into which cache x is asked for, what follows being read soon; 0: it is not
     bint short_rows                 # those of y: a page at most
     bint whole_lines                # those of y
     bint streamed                   # each row of y goes to memory, from floats as they are
@@ -682,9 +682,10 @@ cdef Walk walk_of(
     run.out = is_run(&job.out, walk.element.out)
     run.rows = joined_rows(period, stride, False)
     rows = run
-    # Lines that are streamed in parts cost five times as much as those that are not streamed.
+    # What is neither a long row nor streamed as one goes through the caches: streaming parts of lines costs five times as
+    # much, and short rows by way of a buffer took 1.2 x.
     rows.out = is_run(&job.out, element.out) and (
-        not job.stream or (walk.short_rows and not walk.whole_lines and columns >= FEW))
+        not job.stream or (walk.short_rows and columns >= FEW))
     run.rows.streamed = job.stream and run.out
     if run.rows.streamed:
         run.rows.columns *= 1 + (TWO_LINES - 1) // period      # two lines at least, behind which they are there again
@@ -701,8 +702,8 @@ cdef Walk walk_of(
         rows.x = rows.x and row.x == columns * 4
         rows.residual = rows.residual and (job.residual.data == NULL or row.residual == columns * 4)
         rows.out = rows.out and row.out == columns * 4
-    walk.streamed = run.rows.streamed and run.x and run.residual and not job.coefficients.wide \
-        and (walk.whole_lines or not walk.short_rows or (row.out == columns * 4 and columns >= STREAMED))
+    walk.streamed = run.rows.streamed and run.x and run.residual and not job.coefficients.wide and columns >= STREAMED \
+        and (walk.whole_lines or not walk.short_rows or row.out == columns * 4)
     walk.over_run = run
     walk.over_rows = rows
     return walk

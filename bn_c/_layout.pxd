@@ -48,8 +48,7 @@ cdef struct Coefficients:
 cdef struct Job:
     bint channels_last
     bint stream                     # write past the caches: out is larger than they are
-    int far                         # x comes from memory, as what the call touches is larger than the caches:
-                                    # BN_FIRST or BN_SECOND, the cache into which it is asked for; else 0
+    int far                         # 0, or the cache into which x is asked for from memory: BN_FIRST or BN_SECOND
     Py_ssize_t channels
     Py_ssize_t inner
     Py_ssize_t outer
