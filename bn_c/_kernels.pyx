@@ -684,8 +684,7 @@ cdef Walk walk_of(
     rows = run
     # What is neither a long row nor streamed as one goes through the caches: streaming parts of lines costs five times as
     # much, and short rows by way of a buffer took 1.2 x.
-    rows.out = is_run(&job.out, element.out) and (
-        not job.stream or (walk.short_rows and columns >= FEW))
+    rows.out = run.out and (not job.stream or (walk.short_rows and columns >= FEW))
     run.rows.streamed = job.stream and run.out
     if run.rows.streamed:
         run.rows.columns *= 1 + (TWO_LINES - 1) // period      # two lines at least, behind which they are there again
@@ -702,7 +701,7 @@ cdef Walk walk_of(
         rows.x = rows.x and row.x == columns * 4
         rows.residual = rows.residual and (job.residual.data == NULL or row.residual == columns * 4)
         rows.out = rows.out and row.out == columns * 4
-    walk.streamed = run.rows.streamed and run.x and run.residual and not job.coefficients.wide and columns >= STREAMED \
+    walk.streamed = job.stream and everywhere(job, &run) and columns >= STREAMED \
         and (walk.whole_lines or not walk.short_rows or row.out == columns * 4)
     walk.over_run = run
     walk.over_rows = rows
