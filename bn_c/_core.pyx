@@ -26,7 +26,7 @@ from bn_c cimport (
     BN_C_ABI, BN_NO_MEMORY, BN_NULL, BN_OK, BN_OVERLAP, BN_UNALIGNED, bn_api, bn_array, bn_params,
 )
 from bn_c._layout cimport (
-    BN_FIRST, BN_SECOND, CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
+    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
     CHANNELS, Activation, Coefficients, Images, Job, Kernels, Operand,
     is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, outer_in_plane, size_of, size_of_type, take,
     take_channels, widest_loop,
@@ -94,12 +94,10 @@ cdef enum:
     HOLDS_UNITS = 2 << 20       # bytes of a large one
     RUN = 1 << 12               # bytes of a unit that lie together
     LONG_RUN = 1 << 15
-    HOLDS_FAR = 48 << 10        # bytes of a first cache that holds BN_FAR beside all else
     HUGE_PAGE = 1 << 21         # bytes, as x86-64 and most ARM64 systems have them
 
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t caches = 0                  # bytes of the last one, of which a call may have three quarters
-cdef Py_ssize_t first_cache = 0             # bytes of the first one, for data
 cdef Py_ssize_t second_cache = 0
 # Elements, for each pass over x: below, waking threads (some 30 us) costs more than they do; below half of
 # that, so do threads that are awake.
@@ -115,11 +113,10 @@ def cpu_runs(str isa):
     return bn_cpu_runs(isa.encode())
 
 
-def use(capsule, Py_ssize_t last, Py_ssize_t first, Py_ssize_t second):
+def use(capsule, Py_ssize_t last, Py_ssize_t second):
     """Makes the loops of one instruction set those that every call runs, on a CPU with caches of so many bytes."""
-    global kernels, caches, first_cache, second_cache
+    global kernels, caches, second_cache
     caches = last
-    first_cache = first
     second_cache = second
     kernels = <const Kernels *> PyCapsule_GetPointer(capsule, "bn_c.kernels")
 
@@ -589,7 +586,7 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         take_channels(&statistics, start, stop)
         kernels.moments(&statistics, unit.coefficients.mean, work.m2 + start)
         if step < work.job.channels:
-            unit.far = 0                    # the statistics have just read it
+            unit.far = False                # the statistics have just read it
         fold_moments(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
         kernels.normalize(&unit)
         start = stop
@@ -954,9 +951,7 @@ cdef void lay_out_y(
     job.coefficients = coefficients[0]
     job.activation = activation[0]
     # To ask for one of two arrays ahead slows the other down more than it helps.
-    job.far = 0
-    if arrays.residual.strides == NULL and come_from_memory(touched(arrays)):
-        job.far = BN_FIRST if first_cache >= HOLDS_FAR else BN_SECOND
+    job.far = arrays.residual.strides == NULL and come_from_memory(touched(arrays))
     # Beside as much of x the caches would not hold y.
     job.stream = kernels.streams and arrays.out.len > caches // 2 and arrays.out.data != arrays.x.data
 
@@ -964,7 +959,7 @@ cdef void lay_out_y(
 cdef void lay_out_statistics(Job *job, const Arrays *arrays, int at, Py_ssize_t bytes) noexcept nogil:
     """Of a call that reads and writes so many bytes."""
     lay_out(job, arrays.x.ndim, at, arrays.x.shape, arrays.x.strides, arrays.mask.strides, NULL)
-    job.far = BN_SECOND if come_from_memory(bytes) else 0
+    job.far = come_from_memory(bytes)
 
 
 cdef object forward(

@@ -33,7 +33,7 @@ def choose(cap: str | None) -> str:
 
 
 def cache(index: int) -> int:
-    """The size of a cache in bytes as Linux tells it, or 0. 0 is the first one for data, 1 for code, 2 the second."""
+    """The size of a cache in bytes as Linux tells it, or 0. 0 and 1 are the first ones, for data and for code."""
     try:
         # Not by pathlib, whose import would take longer than the rest of bn_c's.
         with open(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size") as file:  # noqa: PTH123
@@ -45,17 +45,16 @@ def cache(index: int) -> int:
 # In bytes, where the system does not tell ones that suit small boards. Of more than 64 MB others have their share: a
 # virtual machine that was told 300 MB held 50.
 LAST_CACHE = min(cache(3) or cache(2) or 4 << 20, 64 << 20)
-FIRST_CACHE = cache(0) or 32 << 10
 SECOND_CACHE = cache(2)
 
 
-def use(isa: str, last: int = LAST_CACHE, first: int = FIRST_CACHE, second: int = SECOND_CACHE) -> None:
+def use(isa: str, last: int = LAST_CACHE, second: int = SECOND_CACHE) -> None:
     """Loads the kernels of a supported instruction set and makes them those that every call runs.
 
-    What is larger than the `last` cache, in bytes, is taken to be in memory, and asked for ahead into the `first` one
-    if that is large enough. A large `second` one holds channels between their statistics and y.
+    What is larger than the `last` cache, in bytes, is taken to be in memory, and asked for ahead.
+    A large `second` one holds channels between their statistics and y.
     """
-    _core.use(import_module(f"bn_c._kernels_{isa}").table, last, first, second)
+    _core.use(import_module(f"bn_c._kernels_{isa}").table, last, second)
 
 
 isa = choose(os.environ.get("BN_C_MAX_ISA"))

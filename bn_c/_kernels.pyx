@@ -49,10 +49,11 @@ cdef extern from "bn_c/half.h" nogil:
         const float *shift
         float low
         float high
-        int ahead
+        Py_ssize_t ahead
     Py_ssize_t bn_normalize_halves(
         bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, int step, int next, int stream)
-    Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns)
+    Py_ssize_t bn_normalize_rows_of_halves(
+        bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, Py_ssize_t phase, bint stream)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
         const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
@@ -70,11 +71,11 @@ cdef extern from "bn_c/sums.h" nogil:
 cdef extern from "bn_c/stream.h" nogil:
     enum:
         BN_BEGINNING
+        BN_NEAR
         BN_FAR
     void bn_prefetch(const char *data, Py_ssize_t count)
     void bn_prefetch_to_write(const char *data, Py_ssize_t count)
     void bn_prefetch_far(const char *data, Py_ssize_t count)
-    void bn_ask(int cache, const char *data, Py_ssize_t count)
     bint BN_STREAMS
     void bn_stream_lines(char *to, const char *source, int lines)
     void bn_stream(char *to, const char *source, size_t count)
@@ -348,7 +349,7 @@ cdef struct Rows:
     Steps step
     bint next_channel               # whose coefficients follow; else they have the same
     bint streamed                   # y goes to memory
-    int ahead                       # into which cache x is asked for meanwhile
+    bint ahead                      # x is asked for meanwhile
 
 
 cdef inline inlined normalize_rows_of(
@@ -424,7 +425,8 @@ cdef inline inlined normalize_lines(
     cdef Py_ssize_t i = 0, phase = 0
     cdef Activation bounds = bounds_of(activation)
     while i < n:
-        bn_ask(rows.ahead, <const char *> (x + i * stride), stride * sizeof(lines))
+        if rows.ahead:
+            bn_prefetch(<const char *> (x + i * stride) + BN_NEAR, stride * sizeof(lines))
         normalize_row(
             x + i * stride, stride, residual + i if residual != NULL else NULL, lines, TWO_LINES,
             center + phase, scale + phase, shift + phase, step, CLIP, &bounds, False)
@@ -612,7 +614,7 @@ cdef struct Walk:
     Steps element
     Steps row
     bint halves
-    int ahead                       # into which cache x is asked for, what follows being read soon; 0: it is not
+    bint ahead                      # x is asked for, what follows being read soon
     bint short_rows                 # those of y: a page at most
     bint whole_lines                # those of y
     bint streamed                   # each row of y goes to memory, from floats as they are
@@ -643,7 +645,7 @@ cdef Rows joined_rows(Py_ssize_t columns, int stride, bint next_channel) noexcep
     rows.step = steps_of(columns * 4 * stride, columns * 4, columns * 4)
     rows.next_channel = next_channel
     rows.streamed = False
-    rows.ahead = 0
+    rows.ahead = False
     return rows
 
 
@@ -668,7 +670,7 @@ cdef Walk walk_of(
     walk.step = step
     walk.element = element
     walk.row = row
-    walk.ahead = job.far if element.x == size_of_type(job.x.type) else 0
+    walk.ahead = job.far and element.x == size_of_type(job.x.type)
     walk.short_rows = columns * magnitude(element.out) <= 4 * PAGE
     walk.whole_lines = columns * element.out % FOUR_LINES == 0
     walk.halves = are_halves(job, &element)
@@ -688,7 +690,7 @@ cdef Walk walk_of(
     run.rows.streamed = job.stream and run.out
     if run.rows.streamed:
         run.rows.columns *= 1 + (TWO_LINES - 1) // period      # two lines at least, behind which they are there again
-        run.rows.ahead = walk.ahead if run.x else 0
+        run.rows.ahead = walk.ahead and run.x
     rows.rows = joined_rows(columns if columns >= FEW or not step else period, stride, next_channel)
     if columns >= FEW:
         if rows.x:
@@ -716,7 +718,7 @@ cdef bn_row_of_halves row_of_halves(
         x=<const uint16_t *> at.x, residual=<const uint16_t *> at.residual, y=<uint16_t *> at.out,
         x_row=walk.row.x, residual_row=walk.row.residual, y_row=walk.row.out,
         center=center, scale=scale, shift=shift,
-        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY, ahead=walk.ahead)
+        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY, ahead=BN_NEAR if walk.ahead else 0)
 
 
 cdef bint everywhere(const Job *job, const Loop *loop) noexcept nogil:
@@ -735,8 +737,8 @@ cdef void normalize_chunk(
     cdef const float *x = <const float *> at.x
     cdef const float *residual = <const float *> at.residual
     cdef float *y = <float *> at.out if loop.out else buffer
-    if not loop.rows.ahead and (rows == 1 or walk.row.x == columns * walk.element.x):
-        bn_ask(walk.ahead, at.x, rows * columns * walk.element.x)
+    if walk.ahead and not loop.rows.ahead and (rows == 1 or walk.row.x == columns * walk.element.x):
+        bn_prefetch(at.x + BN_NEAR, rows * columns * walk.element.x)
     if not loop.residual:
         load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
         residual = added
@@ -778,7 +780,7 @@ cdef void normalize_run(
             # After whole rows the phase is the same.
             done = bn_normalize_rows_of_halves(
                 row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), total,
-                walk.over_run.rows.columns)
+                walk.over_run.rows.columns, 0, False)
             move(&at, &walk.element, done)
             total -= done
         n = min(n, total)
@@ -798,6 +800,33 @@ cdef void normalize_run(
             phase -= period
         total -= n
         n = most
+
+
+cdef void stream_rows_of_halves(
+    const Job *job, const Walk *walk, Place at, Py_ssize_t total, Py_ssize_t columns,
+    const float *center, const float *scale, const float *shift, bint twice,
+) noexcept nogil:
+    """Joined rows of whole vectors: four at a time from where a line of y begins, what is before and behind piece by piece.
+
+    Their coefficients may be there `twice`.
+    """
+    cdef Py_ssize_t phase = 0, before = -<size_t> at.out % 64 // 2, n
+    while total > 0:
+        if before == 0:
+            n = phase if twice else 0
+            n = bn_normalize_rows_of_halves(
+                row_of_halves(job, walk, &at, center + n, scale + n, shift + n), total, columns, phase - n, True)
+            move(&at, &walk.element, n)
+            total -= n
+        n = min(total, columns - phase)
+        if before > 0:
+            n = min(n, before)
+            before -= n
+        normalize_halves(
+            row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), 1, n, 1, False, True)
+        move(&at, &walk.element, n)
+        total -= n
+        phase = (phase + n) % columns
 
 
 cdef void normalize_table(
@@ -879,7 +908,8 @@ cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, 
     cdef bint long_enough = are_halves(job, &element) and columns >= FOUR_LINES and few * columns % FOUR_LINES > 0
     cdef bint repeated = period > columns and job.inner >= 4 and job.outer * job.inner >= MANY and not k.wide and (
         columns < FEW or (joined and not long_enough))
-    cdef Walk walk = walk_of(job, 1, element, row, columns, few * columns if repeated else columns, False)
+    cdef Py_ssize_t width = few * columns if repeated else columns
+    cdef Walk walk = walk_of(job, 1, element, row, columns, width, False)
     cdef Place at
     if repeated or times > 1:
         needed = min(2 * period, job.inner * columns) if repeated else columns
@@ -892,7 +922,9 @@ cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, 
     for i in range(job.outer):
         at = outer_place(job, i)
         move(&at, &element, first * times)
-        if repeated and joined:
+        if walk.halves and joined and job.stream and width <= PAGE and width % LANES == 0 and <size_t> at.out % 16 == 0:
+            stream_rows_of_halves(job, &walk, at, job.inner * columns, width, center, scale, shift, repeated)
+        elif repeated and joined:
             normalize_run(job, &walk, at, job.inner * columns, center, scale, shift, period, 0)
         else:
             normalize_table(job, &walk, at, job.inner, columns, center, scale, shift, 0)
@@ -1014,7 +1046,7 @@ cdef struct View:
     Py_ssize_t outer
     int outer_ndim
     const Py_ssize_t *outer_shape
-    int far                         # as in a job
+    bint far                        # as in a job
     Positions x
     Positions mask                  # data NULL: every element counts
 
@@ -1495,7 +1527,7 @@ cdef View sample_of(const View *view, Thinned *outer) noexcept nogil:
     cdef View sample = view[0]
     cdef Py_ssize_t n = view.outer * view.inner * view.width
     cdef Py_ssize_t most = ROW_SAMPLE
-    sample.far = 0
+    sample.far = False
     if n <= FEW_ROWS:
         return sample
     if view.channels > 1:
@@ -1536,7 +1568,7 @@ cdef View windows_of(const View *planes, Thinned *outer) noexcept nogil:
     if sample.inner > 1:
         sample.x.inner += places // (sample.inner - 1) * sample.number
     thin_outer(&sample, outer)
-    sample.far = 0
+    sample.far = False
     sample.separate = True
     sample.width = sample.kept = COLUMNS
     sample.per_row = 1

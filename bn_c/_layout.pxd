@@ -15,11 +15,6 @@ from bn_c cimport (
     BN_UINT8 as UINT8, BN_UINT16 as UINT16, bn_activation as Activation,
 )
 
-cdef extern from "bn_c/stream.h":
-    enum:
-        BN_FIRST
-        BN_SECOND
-
 cdef enum:
     MAX_NDIM = 32
 
@@ -48,7 +43,7 @@ cdef struct Coefficients:
 cdef struct Job:
     bint channels_last
     bint stream                     # write past the caches: out is larger than they are
-    int far                         # 0, or the cache into which x is asked for from memory: BN_FIRST or BN_SECOND
+    bint far                        # x comes from memory, and is asked for ahead
     Py_ssize_t channels
     Py_ssize_t inner
     Py_ssize_t outer

@@ -107,7 +107,7 @@ def run():
     for isa in ISAS:
         table = importlib.import_module(f"bn_c._kernels_{isa}").table
         for make, shape, dtype, caches in WORKS.values():
-            _core.use(table, caches, 0, 0)
+            _core.use(table, caches, 0)
             call = make(ones(shape, dtype))
             sizes = shape[0] // 2, shape[0]
             for n in (*[1] * WARM_UP, *sizes):

@@ -291,7 +291,7 @@ def test_the_kernels_in_use_are_asked(monkeypatch):
     fold = CFUNCTYPE(None, c_void_p, c_ssize_t, c_void_p, c_double)(lambda *given: calls.append(given[1]))
     table = (c_void_p * 8)(0, None, None, ctypes.cast(fold, c_void_p))
     try:
-        _core.use(new_capsule(ctypes.addressof(table), b"bn_c.kernels", None), 0, 0, 0)
+        _core.use(new_capsule(ctypes.addressof(table), b"bn_c.kernels", None), 0, 0)
         folded([1, 2, 3], [4, 5, 6])
     finally:
         bn_c._dispatch.use(bn_c.isa)

@@ -560,12 +560,12 @@ def test_random_case(seed, batch):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 40, 211, 67), (2, 17, 150, 97), (9, 33, 14, 14), (70, 20, 7, 7), (3000, 61)])
 def test_bits_do_not_depend_on_the_caches(isa, batch, shape, dtype, fused, rng):
-    """Whether all are held by the last one, or together are too large for it, or out alone is; nor on the first two."""
+    """Whether all are held by the last one, or together are too large for it, or out alone is; nor on the second."""
     x, residual = (values(rng, shape, dtype) for _ in range(2))
     options = {"residual": residual if fused else None, **parameters(rng, shape[1])}
     found = set()
     large = 1 << 30
-    for sizes in [(large, 0, 0), (large, 0, large), (2 * x.nbytes, 0, 0), (0, 0, 0), (0, large, 0), (0, 0, large)]:
+    for sizes in [(large, 0), (large, large), (2 * x.nbytes, 0), (0, 0), (0, large)]:
         _dispatch.use(isa, *sizes)
         y = bn_c.batch_norm(x, **options) if batch else bn_c.batch_norm_inference(x, *np.ones((2, shape[1])), **options)
         found.add(bits(y))

@@ -166,7 +166,7 @@ typedef struct {
     const float *shift;
     float low;
     float high;
-    int ahead; /* the cache into which x is asked for where y is streamed; 0: none */
+    ptrdiff_t ahead; /* bytes from x to what is asked for meanwhile, where y is streamed; 0: nothing */
 } bn_row_of_halves;
 
 #if BN_CONVERTS_HALVES
@@ -186,8 +186,8 @@ bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int ste
     bn_floats c = bn_all(*r.center), a = bn_all(*r.scale), b = bn_all(*r.shift);
     for (; i + BN_LANES * (rows ? 1 : count) <= n; i += BN_LANES * (rows ? 1 : count)) {
         bn_halves halves[BN_ROWS];
-        if (stream)
-            bn_ask(r.ahead, (const char *)(r.x + i), BN_LINE);
+        if (stream && r.ahead)
+            bn_prefetch((const char *)(r.x + (rows ? BN_ROWS : 1) * i) + r.ahead, BN_LINE);
         for (int j = 0; j < count; j++) {
             if (step && (j == 0 || !rows)) {
                 c = bn_floats_at(r.center + i + BN_LANES * j);
@@ -265,13 +265,14 @@ bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, cons
         bn_normalize_vectors(rest, 0, BN_LANES, step, added, 1, 0, 1, 0);
 }
 
-/* BN_ROWS rows, whole vectors each, whose elements have coefficients of their own. */
-static inline __attribute__((always_inline)) void bn_normalize_four_rows(bn_row_of_halves r, ptrdiff_t n)
+/* Whole vectors of BN_ROWS rows, from i to n, whose elements have coefficients of their own. */
+static inline __attribute__((always_inline)) void bn_normalize_four_rows(bn_row_of_halves r, ptrdiff_t i,
+                                                                         ptrdiff_t n, const int stream)
 {
     if (r.residual)
-        bn_normalize_some(r, 0, n, 1, 1, 0, BN_ROWS, 1);
+        bn_normalize_some(r, i, n, 1, 1, stream, BN_ROWS, 1);
     else
-        bn_normalize_some(r, 0, n, 1, 0, 0, BN_ROWS, 1);
+        bn_normalize_some(r, i, n, 1, 0, stream, BN_ROWS, 1);
 }
 
 static inline void bn_move(bn_row_of_halves *r, ptrdiff_t rows)
@@ -297,7 +298,7 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
         return 0;
     if (step && !stream && columns % 16 == 0)
         for (; row + BN_ROWS <= rows; row += BN_ROWS) {
-            bn_normalize_four_rows(r, columns);
+            bn_normalize_four_rows(r, 0, columns, 0);
             bn_move(&r, BN_ROWS);
         }
     for (; row < rows; row++) {
@@ -317,18 +318,34 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
 }
 
 /* Of n elements in joined rows, whose elements have coefficients of their own, as many as are whole fours of
- * rows. */
-static inline ptrdiff_t bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns)
+ * rows. The first one's coefficients are at `phase`. To stream them y begins where a line does, and rows are
+ * as many as whole lines need. */
+static inline __attribute__((always_inline)) ptrdiff_t
+bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t phase,
+                            const int stream)
 {
     ptrdiff_t done = 0;
 #if BN_CONVERTS_HALVES
-    const ptrdiff_t some = BN_ROWS * columns;
-    r.x_row = r.residual_row = r.y_row = columns * (ptrdiff_t)sizeof(uint16_t);
-    if (columns % 16 == 0)
-        for (; done + some <= n; done += some) {
-            bn_normalize_four_rows(r, columns);
-            bn_move(&r, BN_ROWS);
+    ptrdiff_t row = columns;
+    if (columns % (stream ? BN_LANES : 16) || phase % BN_LANES)
+        return 0;
+    while (stream && row % (BN_LINE / 2))
+        row += columns;
+    r.x_row = r.residual_row = r.y_row = row * (ptrdiff_t)sizeof(uint16_t);
+    if (r.ahead)
+        r.ahead = r.ahead > BN_ROWS * r.x_row ? r.ahead : BN_ROWS * r.x_row;
+    for (; done + BN_ROWS * row <= n; done += BN_ROWS * row) {
+        bn_row_of_halves part = r;
+        ptrdiff_t at = phase;
+        for (ptrdiff_t i = 0, until; i < row; i = until, at = 0) {
+            until = i + columns - at < row ? i + columns - at : row;
+            part.center = r.center + at - i;
+            part.scale = r.scale + at - i;
+            part.shift = r.shift + at - i;
+            bn_normalize_four_rows(part, i, until, stream);
         }
+        bn_move(&r, BN_ROWS);
+    }
 #endif
     return done;
 }

@@ -26,9 +26,8 @@ typedef __m128i bn_vector;
 enum {
     BN_LINE = 64,
     BN_BEGINNING = 8 * BN_LINE, /* of a plane: how memory goes on from there, caches see by themselves */
-    BN_FAR = 16384,             /* bytes ahead that memory is asked: the best of 4096 .. 65536 */
-    BN_FIRST = 1,               /* cache */
-    BN_SECOND = 2
+    BN_NEAR = 4096,             /* bytes ahead that memory is asked for y: the best of 2048 .. 16384 */
+    BN_FAR = 16384              /* and for statistics: of 4096 .. 65536 */
 };
 
 /* Ask for these bytes: to be read soon, or written, or to be read later from the second cache. */
@@ -42,15 +41,6 @@ BN_PREFETCH(bn_prefetch, 0, 3)
 BN_PREFETCH(bn_prefetch_to_write, 1, 3)
 BN_PREFETCH(bn_prefetch_far, 0, 2)
 #undef BN_PREFETCH
-
-/* Ask for what is BN_FAR behind, into that cache; 0: do not. */
-static inline void bn_ask(int cache, const char *data, ptrdiff_t bytes)
-{
-    if (cache == BN_FIRST)
-        bn_prefetch(data + BN_FAR, bytes);
-    else if (cache == BN_SECOND)
-        bn_prefetch_far(data + BN_FAR, bytes);
-}
 
 /* One cache line or two. What compilers make of the order of the stores otherwise took 1.1 x on Zen 1, as did
  * not to load all of them first. Without BN_STREAMS this is memcpy, like all here. */
