@@ -109,7 +109,7 @@ cdef enum:
     TWO_LINES = 2 * LINE
     FOUR_LINES = 4 * LINE
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
-    STREAMED = 96       # floats of a row, from which on it is streamed although it may share lines with the next
+    STREAMED = 96       # floats of a row that is streamed although x's rows do not join: to put two together takes time
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
     MANY = 64           # rows from which on it is worth repeating coefficients, or asking for each beside another
     COLUMNS = 32        # columns that a plane is cut into: whole registers of every set, enough to hide latency
@@ -348,8 +348,8 @@ cdef struct Rows:
     int stride
     Steps step
     bint next_channel               # whose coefficients follow; else they have the same
-    bint streamed                   # y goes to memory
-    bint ahead                      # x is asked for meanwhile
+    bint streamed                   # y, whose rows join, goes to memory
+    Py_ssize_t ahead                # bytes from x to what is asked for meanwhile; 0: nothing
 
 
 cdef inline inlined normalize_rows_of(
@@ -415,43 +415,130 @@ cdef once activate_lines(float *y, const Activation *activation) noexcept nogil:
             y[i] = activated(y[i], HARD_SWISH, 0, 0, 0)
 
 
-cdef inline inlined normalize_lines(
-    const float *x, int stride, const float *residual, float *y, Py_ssize_t n, const Rows *rows,
+cdef struct Pair:
+    # Two lines.
+    const float *x
+    const float *residual
+    const float *center
+    const float *scale
+    const float *shift
+
+
+cdef struct Seam:
+    # Two lines before and two behind where a row ends.
+    float[FOUR_LINES] x
+    float[FOUR_LINES] residual
+    float[FOUR_LINES] center
+    float[FOUR_LINES] scale
+    float[FOUR_LINES] shift
+
+
+cdef inline void join(float *seam, const float *row, const float *next, Py_ssize_t columns) noexcept nogil:
+    memcpy(seam, row + columns - TWO_LINES, TWO_LINES * sizeof(float))
+    memcpy(seam + TWO_LINES, next, TWO_LINES * sizeof(float))
+
+
+cdef inline void change(float *values, int at, float before, float behind) noexcept nogil:
+    cdef int i
+    for i in range(TWO_LINES):
+        values[i] = before if i < at else behind
+
+
+cdef inline Pair pair_of(
+    Seam *seam, const float *x, int stride, const float *residual, const Rows *rows, Py_ssize_t behind,
+    const float *center, const float *scale, const float *shift, int step,
+) noexcept nogil:
+    """The one of which so many elements are of the next row. If `step`, the seam has the coefficients."""
+    cdef Pair pair
+    cdef const float *next = <const float *> (<const char *> x + rows.step.x)
+    pair.x = x + (rows.columns - TWO_LINES + behind) * stride
+    if stride == 1 and next != x + rows.columns:
+        join(seam.x, x, next, rows.columns)
+        pair.x = seam.x + behind
+    if residual != NULL:
+        next = <const float *> (<const char *> residual + rows.step.residual)
+        join(seam.residual, residual, next, rows.columns)
+        pair.residual = seam.residual + behind
+    pair.center = seam.center
+    pair.scale = seam.scale
+    pair.shift = seam.shift
+    if step:
+        pair.center += behind
+        pair.scale += behind
+        pair.shift += behind
+    else:
+        change(seam.center, TWO_LINES - behind, center[0], center[rows.next_channel])
+        change(seam.scale, TWO_LINES - behind, scale[0], scale[rows.next_channel])
+        change(seam.shift, TWO_LINES - behind, shift[0], shift[rows.next_channel])
+    return pair
+
+
+cdef inline inlined stream_pairs(
+    const float *x, int stride, const float *residual, float *y, Py_ssize_t n, const Rows *rows, Py_ssize_t column,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
-    """Two lines from memory, two to memory, and so on: 32 at a time, through a buffer, took twice as long (Zen 1). Of one
-    line GCC would not make vectors, and loops for each activation would make wheels too large."""
+    """Pairs of lines, from some column of a row on: two lines from memory, two to memory, and so on. 32 at a time, through
+    a buffer, took twice as long (Zen 1). Of one line GCC would not make vectors, and loops for each activation would make
+    wheels too large."""
     cdef float[TWO_LINES] lines
-    cdef Py_ssize_t i = 0, phase = 0
+    cdef Seam seam
+    cdef Pair pair
     cdef Activation bounds = bounds_of(activation)
-    while i < n:
-        if rows.ahead:
-            bn_prefetch(<const char *> (x + i * stride) + BN_NEAR, stride * sizeof(lines))
-        normalize_row(
-            x + i * stride, stride, residual + i if residual != NULL else NULL, lines, TWO_LINES,
-            center + phase, scale + phase, shift + phase, step, CLIP, &bounds, False)
+    cdef Py_ssize_t _pair
+    if step and n > rows.columns - column:
+        join(seam.center, center, center, rows.columns)
+        join(seam.scale, scale, scale, rows.columns)
+        join(seam.shift, shift, shift, rows.columns)
+    for _pair in range(n // TWO_LINES):
+        pair.x = x + column * stride
+        pair.residual = residual + column if residual != NULL else NULL
+        if rows.ahead != 0:
+            bn_prefetch(<const char *> pair.x + rows.ahead, stride * sizeof(lines))
+        if step or column + TWO_LINES > rows.columns:
+            pair.center = center + column
+            pair.scale = scale + column
+            pair.shift = shift + column
+            if column + TWO_LINES > rows.columns:
+                pair = pair_of(&seam, x, stride, residual, rows, column + TWO_LINES - rows.columns, center, scale, shift, step)
+            normalize_row(
+                pair.x, stride, pair.residual if residual != NULL else NULL, lines, TWO_LINES,
+                pair.center, pair.scale, pair.shift, 1, CLIP, &bounds, False)
+        else:
+            normalize_row(
+                pair.x, stride, pair.residual if residual != NULL else NULL, lines, TWO_LINES,
+                center, scale, shift, 0, CLIP, &bounds, False)
         if activation.kind > CLIP:
             activate_lines(lines, activation)
-        bn_stream_lines(<char *> (y + i), <const char *> lines, 2)
-        i += TWO_LINES
-        if step:
-            phase += TWO_LINES
-            if phase >= rows.columns:
-                phase -= rows.columns
+        bn_stream_lines(<char *> y, <const char *> lines, 2)
+        y += TWO_LINES
+        column += TWO_LINES
+        if column >= rows.columns:
+            column -= rows.columns
+            x = <const float *> (<const char *> x + rows.step.x)
+            if residual != NULL:
+                residual = <const float *> (<const char *> residual + rows.step.residual)
+            center += rows.next_channel
+            scale += rows.next_channel
+            shift += rows.next_channel
+
+
+cdef void stream_lines(
+    const float *x, const float *residual, float *y, Py_ssize_t n, const Rows *rows, Py_ssize_t column,
+    const float *center, const float *scale, const float *shift, int step, const Activation *activation,
+) noexcept nogil:
+    if rows.stride == 2:
+        stream_pairs(x, 2, NULL, y, n, rows, column, center, scale, shift, step, activation)
+    elif residual != NULL:
+        stream_pairs(x, 1, residual, y, n, rows, column, center, scale, shift, step, activation)
+    else:
+        stream_pairs(x, 1, NULL, y, n, rows, column, center, scale, shift, step, activation)
 
 
 cdef inline inlined normalize_located(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
-    if BN_STREAMS and rows.streamed:
-        if rows.stride == 2:
-            normalize_lines(x, 2, NULL, y, n, rows, center, scale, shift, step, activation)
-        elif residual != NULL:
-            normalize_lines(x, 1, residual, y, n, rows, center, scale, shift, step, activation)
-        else:
-            normalize_lines(x, 1, NULL, y, n, rows, center, scale, shift, step, activation)
-    elif rows.stride == 2:
+    if rows.stride == 2:
         normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, False)
     elif residual != NULL:
         if x == y:
@@ -488,38 +575,36 @@ cdef void normalize_loops(
         normalize_channel(x, residual, y, n, rows, center, scale, shift, activation)
 
 
-cdef Py_ssize_t stream_floats(
+cdef void stream_floats(
     const float *x, const float *residual, float *y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
-    float *line, Py_ssize_t begun, bint goes_on,
 ) noexcept nogil:
-    """Pairs of lines; a single one through `line`, of which `begun` floats are there from the row before.
-
-    If the next row goes on where this one ends, they share a line: what of it is there then is returned, and not stored.
-    """
+    """Pairs of lines; what is before and behind them, in parts of rows, normally."""
     cdef Rows part = rows[0]
-    cdef Py_ssize_t offset = <size_t> y % 64 // 4, i = 0, at, left, some, phase
-    cdef bint apart
+    cdef Py_ssize_t before = min(n, -<size_t> y % 64 // 4), pairs = (n - before) // TWO_LINES * TWO_LINES
+    cdef Py_ssize_t i = 0, some, column = 0, c
+    part.streamed = False
     while i < n:
-        at = (offset + i) % LINE
-        left = n - i
-        part.streamed = at == 0 and left >= TWO_LINES
-        apart = not part.streamed and at == begun
-        some = left // TWO_LINES * TWO_LINES if part.streamed else min(left, LINE - at)
-        phase = i % rows.columns * step
-        normalize_loops(
-            x + i * rows.stride, residual + i if residual != NULL else NULL, line + at if apart else y + i, some, &part,
-            center + phase, scale + phase, shift + phase, step, activation)
+        c = column * step
+        if i == before and pairs > 0:
+            some = pairs
+            stream_lines(x, residual, y + i, pairs, rows, column, center, scale, shift, step, activation)
+        else:
+            some = min(rows.columns - column, (before if i < before else n) - i)
+            normalize_loops(
+                x + column * rows.stride, residual + column if residual != NULL else NULL, y + i, some, &part,
+                center + c, scale + c, shift + c, step, activation)
         i += some
-        if apart:
-            begun = at + some
-        if begun == LINE:
-            bn_stream_lines(<char *> (y + i - LINE), <const char *> line, 1)
-            begun = 0
-    if begun > 0 and not goes_on:
-        memcpy(y + n - begun, line, begun * sizeof(float))
-        begun = 0
-    return begun
+        column += some
+        some = column // rows.columns
+        column -= some * rows.columns
+        x = <const float *> (<const char *> x + some * rows.step.x)
+        if residual != NULL:
+            residual = <const float *> (<const char *> residual + some * rows.step.residual)
+        if rows.next_channel:
+            center += some
+            scale += some
+            shift += some
 
 
 cdef void normalize_floats(
@@ -527,9 +612,8 @@ cdef void normalize_floats(
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
     """n elements, in rows of which the last may be shorter."""
-    cdef float[LINE] line
     if rows.streamed:
-        stream_floats(x, residual, y, n, rows, center, scale, shift, step, activation, line, 0, False)
+        stream_floats(x, residual, y, n, rows, center, scale, shift, step, activation)
     else:
         normalize_loops(x, residual, y, n, rows, center, scale, shift, step, activation)
 
@@ -617,7 +701,8 @@ cdef struct Walk:
     bint ahead                      # x is asked for, what follows being read soon
     bint short_rows                 # those of y: a page at most
     bint whole_lines                # those of y
-    bint streamed                   # each row of y goes to memory, from floats as they are
+    bint joined                     # rows of y, and of x if its elements lie apart
+    bint streamed                   # rows of y go to memory, from floats as they are
     Loop over_run                   # over elements of one row, or of several that are joined in all arrays
     Loop over_rows                  # over several rows
 
@@ -645,7 +730,7 @@ cdef Rows joined_rows(Py_ssize_t columns, int stride, bint next_channel) noexcep
     rows.step = steps_of(columns * 4 * stride, columns * 4, columns * 4)
     rows.next_channel = next_channel
     rows.streamed = False
-    rows.ahead = False
+    rows.ahead = 0
     return rows
 
 
@@ -687,10 +772,10 @@ cdef Walk walk_of(
     # What is neither a long row nor streamed as one goes through the caches: streaming parts of lines costs five times as
     # much, and short rows by way of a buffer took 1.2 x.
     rows.out = run.out and (not job.stream or (walk.short_rows and columns >= FEW))
-    run.rows.streamed = job.stream and run.out
-    if run.rows.streamed:
-        run.rows.columns *= 1 + (TWO_LINES - 1) // period      # two lines at least, behind which they are there again
-        run.rows.ahead = walk.ahead and run.x
+    if job.stream and run.out:
+        run.rows = joined_rows(period * (1 + (TWO_LINES - 1) // period), stride, False)     # two lines at least
+        run.rows.streamed = True
+        run.rows.ahead = BN_NEAR if walk.ahead and run.x else 0
     rows.rows = joined_rows(columns if columns >= FEW or not step else period, stride, next_channel)
     if columns >= FEW:
         if rows.x:
@@ -703,8 +788,15 @@ cdef Walk walk_of(
         rows.x = rows.x and row.x == columns * 4
         rows.residual = rows.residual and (job.residual.data == NULL or row.residual == columns * 4)
         rows.out = rows.out and row.out == columns * 4
-    walk.streamed = job.stream and everywhere(job, &run) and columns >= STREAMED \
-        and (walk.whole_lines or not walk.short_rows or row.out == columns * 4)
+    walk.joined = row.out == columns * element.out and (stride == 1 or row.x == columns * element.x)
+    walk.streamed = job.stream and everywhere(job, &run) and columns >= (
+        TWO_LINES if row.x == columns * element.x else STREAMED) \
+        and (walk.joined or walk.whole_lines or not walk.short_rows)
+    if walk.streamed:
+        rows.x = rows.residual = rows.out = rows.rows.streamed = True
+        rows.rows.step = row
+        if walk.ahead:
+            rows.rows.ahead = rows_ahead(row.x, 1) * row.x if lie_apart(row.x, columns * element.x) else BN_NEAR
     walk.over_run = run
     walk.over_rows = rows
     return walk
@@ -737,7 +829,7 @@ cdef void normalize_chunk(
     cdef const float *x = <const float *> at.x
     cdef const float *residual = <const float *> at.residual
     cdef float *y = <float *> at.out if loop.out else buffer
-    if walk.ahead and not loop.rows.ahead and (rows == 1 or walk.row.x == columns * walk.element.x):
+    if walk.ahead and loop.rows.ahead == 0 and (rows == 1 or walk.row.x == columns * walk.element.x):
         bn_prefetch(at.x + BN_NEAR, rows * columns * walk.element.x)
     if not loop.residual:
         load(job.residual.type, at.residual, walk.row.residual, walk.element.residual, added, rows, columns)
@@ -822,8 +914,9 @@ cdef void stream_rows_of_halves(
         if before > 0:
             n = min(n, before)
             before -= n
-        normalize_halves(
-            row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), 1, n, 1, False, True)
+        if normalize_halves(
+            row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), 1, n, 1, False, True) < n:
+            normalize_chunk(job, walk, &walk.over_run, at, 1, n, center + phase, scale + phase, shift + phase, 0)
         move(&at, &walk.element, n)
         total -= n
         phase = (phase + n) % columns
@@ -834,24 +927,19 @@ cdef void normalize_table(
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
 ) noexcept nogil:
     """Rows one step from each other."""
-    cdef bint all_floats = everywhere(job, &walk.over_rows) and not walk.streamed
+    cdef bint all_floats = everywhere(job, &walk.over_rows)
     cdef bint all_halves = walk.halves and columns >= FEW and (walk.short_rows or walk.whole_lines or not job.stream)
-    cdef bint one_by_one = walk.streamed or job.coefficients.wide or columns > CHUNK // 2
-    cdef bint joined = walk.row.out == columns * walk.element.out
-    cdef bint apart = job.far and walk.short_rows and 0 < walk.element.x <= 8 \
+    cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2
+    cdef bint together = all_halves or (all_floats and (walk.joined or not walk.streamed))
+    cdef bint apart = job.far and walk.short_rows and not walk.streamed and 0 < walk.element.x <= 8 \
         and lie_apart(walk.row.x, columns * walk.element.x)
-    cdef Py_ssize_t some = rows if (all_floats or all_halves) and not apart else 1 if one_by_one else CHUNK // columns
-    cdef Py_ssize_t ahead = rows_ahead(walk.row.x, some), begun = 0
-    cdef float[LINE] line
+    cdef Py_ssize_t some = rows if together and not apart else 1 if one_by_one or walk.streamed else CHUNK // columns
+    cdef Py_ssize_t ahead = rows_ahead(walk.row.x, some)
     while rows > 0:
         some = min(some, rows)
         if apart:
             prefetch_rows(at.x + ahead * walk.row.x, walk.row.x, columns * walk.element.x, min(some, rows - ahead))
-        if walk.streamed:
-            begun = stream_floats(
-                <const float *> at.x, <const float *> at.residual, <float *> at.out, columns, &walk.over_run.rows,
-                center, scale, shift, walk.step, &job.activation, line, begun, joined and rows > 1)
-        elif all_floats:
+        if all_floats:
             normalize_floats(
                 <const float *> at.x, <const float *> at.residual, <float *> at.out, some * columns, &walk.over_rows.rows,
                 center, scale, shift, walk.step, &job.activation)
@@ -966,7 +1054,7 @@ cdef void normalize_planes(const Job *job) noexcept nogil:
     if inside == 1:
         walk = walk_of(job, 0, inner_steps(job), channel, job.inner, job.inner, True)
         for position in range(job.outer):
-            if everywhere(job, &walk.over_rows) and position + 1 < job.outer:
+            if everywhere(job, &walk.over_rows) and not walk.streamed and position + 1 < job.outer:
                 at = outer_place(job, position + 1)
                 bn_prefetch_to_write(at.out, BN_BEGINNING)
                 if at.residual != NULL:
