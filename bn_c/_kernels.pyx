@@ -63,6 +63,7 @@ cdef extern from "bn_c/sums.h" nogil:
     ctypedef void widest "BN_WIDEST void"
     ctypedef void inlined "BN_INLINED void"
     ctypedef void once "BN_ONCE void"
+    ctypedef void seldom "BN_SELDOM void"
     ctypedef Py_ssize_t number_once "BN_ONCE Py_ssize_t"
     bint BN_WIDER
     float BN_ONE
@@ -272,17 +273,19 @@ cdef void store(
     Py_ssize_t rows, Py_ssize_t columns,
 ) noexcept nogil:
     """Rows of numbers that lie one after the other, CHUNK at most."""
-    cdef uint16_t[CHUNK] halves
+    cdef uint16_t[CHUNK] storage
+    cdef uint16_t *halves = storage
     if row_stride == columns * stride:
         columns *= rows
         rows = 1
     if job.out.type == FLOAT32:
         store_numbers(source, to, row_stride, stride, rows, columns, job.stream)
-    elif stride == 2 and rows == 1 and not job.stream:
-        bn_halves_from_floats(source, <uint16_t *> to, columns)
-    else:
-        bn_halves_from_floats(source, halves, rows * columns)
-        store_numbers(<const uint16_t *> &halves[0], to, row_stride, stride, rows, columns, job.stream)
+        return
+    if stride == 2 and rows == 1 and not job.stream:
+        halves = <uint16_t *> to
+    bn_halves_from_floats(source, halves, rows * columns)
+    if halves == &storage[0]:
+        store_numbers(<const uint16_t *> halves, to, row_stride, stride, rows, columns, job.stream)
 
 
 cdef void repeat(
@@ -634,7 +637,7 @@ cdef Py_ssize_t normalize_halves(
     return bn_normalize_halves(first, rows, columns, 0, next_channel, stream)
 
 
-cdef void normalize_wide(
+cdef seldom normalize_wide(
     const float *x, const float *residual, float *y, Py_ssize_t n,
     const Coefficients *k, Py_ssize_t first, Py_ssize_t step, const Activation *activation,
 ) noexcept nogil:
@@ -1208,7 +1211,7 @@ cdef inline inlined add_block(
                 squares[c] += <double> (d0 * d0)
 
 
-cdef inline void add_block_wide(
+cdef seldom add_block_wide(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *center, Sums *sums,
 ) noexcept nogil:
     """The same in double."""

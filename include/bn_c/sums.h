@@ -30,6 +30,9 @@ static const volatile float BN_ONE = 1;
 #define BN_ONCE __attribute__((noinline, noclone))
 #endif
 
+/* Of loops that hardly any data needs: small rather than fast. */
+#define BN_SELDOM __attribute__((noinline, cold))
+
 /* Of loops that are made for literal arguments: where compilers are left to choose, some are not. */
 #define BN_INLINED __attribute__((always_inline))
 
