@@ -1138,6 +1138,7 @@ cdef struct View:
     int outer_ndim
     const Py_ssize_t *outer_shape
     bint far                        # as in a job
+    Py_ssize_t behind               # bytes of a plane that another view adds later
     Positions x
     Positions mask                  # data NULL: every element counts
 
@@ -1528,6 +1529,8 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
                 bn_prefetch(x + next - start, BN_BEGINNING)
             if view.mask.data != NULL:
                 mask = view.mask.data + place(view, &view.mask, position)
+            if view.behind > 0 and view.far:
+                bn_prefetch_far(x + (ahead if ahead != BN_FAR else 0) + left * view.x.inner, view.behind)
             while left > 0:
                 some = left if direct and not apart else min(left, most - filled)
                 if apart:
@@ -1709,6 +1712,7 @@ cdef View view_of(const Job *job) noexcept nogil:
     view.type = job.x.type
     view.far = job.far
     view.separate = not job.channels_last
+    view.behind = 0
     view.channels = view.width = view.kept = view.per_row = 1
     view.inner = job.inner
     view.outer = job.outer
@@ -1763,6 +1767,7 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
             rest = side_by_side(&planes, eights)
             if rest.inner >= 8 and rest.width > 0:
                 view.inner = eights
+                view.behind = rest.width * rest.number
                 left_over = &rest
     view.channels = min(most, job.channels)
     if view.mask.data == NULL and (view.separate or in_strips(&view)) and planes.outer * planes.inner > FEW_ROWS:
