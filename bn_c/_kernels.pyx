@@ -120,8 +120,8 @@ cdef enum:
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
     PLANE = 8 * COLUMNS  # elements of a plane that are eight rows
-    GROUP = 1 << 18     # bytes of channels that are read together, half of those from memory: L2 still holds what is beside
-                        # the sample; longer runs of memory take 0.75 to 0.95 of the time
+    GROUP = 1 << 18     # bytes of channels that are read together, from memory twice as many (0.75 to 0.95 of the time):
+                        # L2 still holds what is beside the sample
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     PLACES = 64         # in the outer dimensions, from which these are at most
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
@@ -584,10 +584,8 @@ cdef void stream_floats(
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
     """Pairs of lines; what is before and behind them, in parts of rows, normally."""
-    cdef Rows part = rows[0]
     cdef Py_ssize_t before = min(n, -<size_t> y % 64 // 4), pairs = (n - before) // TWO_LINES * TWO_LINES
-    cdef Py_ssize_t i = 0, some, column = 0, c
-    part.streamed = False
+    cdef Py_ssize_t i = 0, some, column = 0, c, passed
     while i < n:
         c = column * step
         if i == before and pairs > 0:
@@ -596,19 +594,18 @@ cdef void stream_floats(
         else:
             some = min(rows.columns - column, (before if i < before else n) - i)
             normalize_loops(
-                x + column * rows.stride, residual + column if residual != NULL else NULL, y + i, some, &part,
+                x + column * rows.stride, residual + column if residual != NULL else NULL, y + i, some, rows,
                 center + c, scale + c, shift + c, step, activation)
         i += some
-        column += some
-        some = column // rows.columns
-        column -= some * rows.columns
-        x = <const float *> (<const char *> x + some * rows.step.x)
+        passed = (column + some) // rows.columns
+        column += some - passed * rows.columns
+        x = <const float *> (<const char *> x + passed * rows.step.x)
         if residual != NULL:
-            residual = <const float *> (<const char *> residual + some * rows.step.residual)
+            residual = <const float *> (<const char *> residual + passed * rows.step.residual)
         if rows.next_channel:
-            center += some
-            scale += some
-            shift += some
+            center += passed
+            scale += passed
+            shift += passed
 
 
 cdef void normalize_floats(
@@ -616,7 +613,7 @@ cdef void normalize_floats(
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
     """n elements, in rows of which the last may be shorter."""
-    if rows.streamed:
+    if BN_STREAMS and rows.streamed:
         stream_floats(x, residual, y, n, rows, center, scale, shift, step, activation)
     else:
         normalize_loops(x, residual, y, n, rows, center, scale, shift, step, activation)
@@ -814,7 +811,8 @@ cdef bn_row_of_halves row_of_halves(
         x=<const uint16_t *> at.x, residual=<const uint16_t *> at.residual, y=<uint16_t *> at.out,
         x_row=walk.row.x, residual_row=walk.row.residual, y_row=walk.row.out,
         center=center, scale=scale, shift=shift,
-        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY, ahead=BN_NEAR if walk.ahead else 0)
+        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY,
+        ahead=BN_NEAR if walk.ahead else 0)
 
 
 cdef bint everywhere(const Job *job, const Loop *loop) noexcept nogil:
@@ -1014,7 +1012,8 @@ cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, 
     for i in range(job.outer):
         at = outer_place(job, i)
         move(&at, &element, first * times)
-        if walk.halves and joined and job.stream and width <= PAGE and width % LANES == 0 and <size_t> at.out % 16 == 0:
+        if BN_STREAMS and job.stream and walk.halves and joined and width <= PAGE and width % LANES == 0 \
+                and <size_t> at.out % 16 == 0:
             stream_rows_of_halves(job, &walk, at, job.inner * columns, width, center, scale, shift, repeated)
         elif repeated and joined:
             normalize_run(job, &walk, at, job.inner * columns, center, scale, shift, period, 0)

@@ -572,19 +572,19 @@ def test_bits_do_not_depend_on_the_caches(isa, batch, shape, dtype, fused, rng):
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [None, "relu", "hard_swish"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", ["c", "channels_last", "gaps"])
-@pytest.mark.parametrize("columns", [95, 96, 97, 111, 129, 199, 512, 531])
+@pytest.mark.parametrize("columns", [31, 32, 33, 40, 49, 63, 64, 65, 95, 96, 97, 111, 120, 129, 199, 512, 531, 1040])
 def test_rows_that_share_a_line_of_memory(isa, columns, layout, dtype, fused, rng):
     """Wherever in a cache line out begins; next to it nothing is written."""
     channels = columns if layout == "channels_last" else 3
-    x, residual = (values(rng, (3, 5, columns) if channels == columns else (5, 3, columns), dtype) for _ in range(2))
+    x, residual = (values(rng, (3, 9, columns) if channels == columns else (9, 3, columns), dtype) for _ in range(2))
     if layout == "gaps":
         x = np.repeat(x, 2, 1)[:, ::2]
     axis = -1 if channels == columns else 1
     mean, var = np.arange(channels) % 7 + 0.0, np.arange(channels) % 5 + 1.0
-    options = {"axis": axis, "residual": residual, "activation": "hard_swish"} if fused else {"axis": axis}
+    options = {"axis": axis, "residual": residual, "activation": fused} if fused else {"axis": axis}
     y = bn_c.batch_norm_inference(x, mean, var, **options)
     _dispatch.use(isa, 0)
     for first in range(64 // x.itemsize):
