@@ -120,8 +120,7 @@ cdef enum:
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
     PLANE = 8 * COLUMNS  # elements of a plane that are eight rows
-    GROUP = 1 << 18     # bytes of channels that are read together, from memory twice as many (0.75 to 0.95 of the time):
-                        # L2 still holds what is beside the sample
+    GROUP = 1 << 18     # bytes of channels that are read together, from memory twice that: L2 holds what is beside the sample
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     PLACES = 64         # in the outer dimensions, from which these are at most
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
@@ -904,20 +903,21 @@ cdef void stream_rows_of_halves(
 
     Their coefficients may be there `twice`.
     """
-    cdef Py_ssize_t phase = 0, before = -<size_t> at.out % 64 // 2, n
+    cdef Py_ssize_t phase = 0, before = -<size_t> at.out % 64 // 2, n, done
     while total > 0:
         if before == 0:
             n = phase if twice else 0
-            n = bn_normalize_rows_of_halves(
+            done = bn_normalize_rows_of_halves(
                 row_of_halves(job, walk, &at, center + n, scale + n, shift + n), total, columns, phase - n, True)
-            move(&at, &walk.element, n)
-            total -= n
+            move(&at, &walk.element, done)
+            total -= done
         n = min(total, columns - phase)
         if before > 0:
             n = min(n, before)
             before -= n
-        if normalize_halves(
-            row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), 1, n, 1, False, True) < n:
+        done = normalize_halves(
+            row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), 1, n, 1, False, True)
+        if done < n:
             normalize_chunk(job, walk, &walk.over_run, at, 1, n, center + phase, scale + phase, shift + phase, 0)
         move(&at, &walk.element, n)
         total -= n

@@ -320,9 +320,8 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
 /* Of n elements in joined rows, whose elements have coefficients of their own, as many as are whole fours of
  * rows. The first one's coefficients are at `phase`. To stream them y begins where a line does, and rows are
  * as many as whole lines need. */
-static inline __attribute__((always_inline)) ptrdiff_t
-bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t phase,
-                            const int stream)
+static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_rows_of_halves(
+    bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t phase, const int stream)
 {
     ptrdiff_t done = 0;
 #if BN_CONVERTS_HALVES
