@@ -49,11 +49,11 @@ cdef extern from "bn_c/half.h" nogil:
         const float *shift
         float low
         float high
-        Py_ssize_t ahead
+        int ahead
     Py_ssize_t bn_normalize_halves(
         bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, int step, int next, int stream)
-    Py_ssize_t bn_normalize_rows_of_halves(
-        bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, Py_ssize_t phase, bint stream)
+    Py_ssize_t bn_normalize_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns)
+    Py_ssize_t bn_stream_rows_of_halves(bn_row_of_halves first, Py_ssize_t n, Py_ssize_t columns, Py_ssize_t phase)
     void bn_halves_from_floats(const float *floats, uint16_t *halves, Py_ssize_t n)
     Py_ssize_t bn_add_rows_of_halves(
         const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const float *center,
@@ -810,8 +810,7 @@ cdef bn_row_of_halves row_of_halves(
         x=<const uint16_t *> at.x, residual=<const uint16_t *> at.residual, y=<uint16_t *> at.out,
         x_row=walk.row.x, residual_row=walk.row.residual, y_row=walk.row.out,
         center=center, scale=scale, shift=shift,
-        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY,
-        ahead=BN_NEAR if walk.ahead else 0)
+        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY, ahead=walk.ahead)
 
 
 cdef bint everywhere(const Job *job, const Loop *loop) noexcept nogil:
@@ -873,7 +872,7 @@ cdef void normalize_run(
             # After whole rows the phase is the same.
             done = bn_normalize_rows_of_halves(
                 row_of_halves(job, walk, &at, center + phase, scale + phase, shift + phase), total,
-                walk.over_run.rows.columns, 0, False)
+                walk.over_run.rows.columns)
             move(&at, &walk.element, done)
             total -= done
         n = min(n, total)
@@ -897,18 +896,14 @@ cdef void normalize_run(
 
 cdef void stream_rows_of_halves(
     const Job *job, const Walk *walk, Place at, Py_ssize_t total, Py_ssize_t columns,
-    const float *center, const float *scale, const float *shift, bint twice,
+    const float *center, const float *scale, const float *shift,
 ) noexcept nogil:
-    """Joined rows of whole vectors: four at a time from where a line of y begins, what is before and behind piece by piece.
-
-    Their coefficients may be there `twice`.
-    """
+    """Joined rows of whole vectors: four at a time from where a line of y begins, what is before and behind piece by piece."""
     cdef Py_ssize_t phase = 0, before = -<size_t> at.out % 64 // 2, n, done
     while total > 0:
         if before == 0:
-            n = phase if twice else 0
-            done = bn_normalize_rows_of_halves(
-                row_of_halves(job, walk, &at, center + n, scale + n, shift + n), total, columns, phase - n, True)
+            done = bn_stream_rows_of_halves(
+                row_of_halves(job, walk, &at, center, scale, shift), total, columns, phase)
             move(&at, &walk.element, done)
             total -= done
         n = min(total, columns - phase)
@@ -1014,7 +1009,7 @@ cdef void normalize_rows(const Job *job, Py_ssize_t first, Py_ssize_t channels, 
         move(&at, &element, first * times)
         if BN_STREAMS and job.stream and walk.halves and joined and width <= PAGE and width % LANES == 0 \
                 and <size_t> at.out % 16 == 0:
-            stream_rows_of_halves(job, &walk, at, job.inner * columns, width, center, scale, shift, repeated)
+            stream_rows_of_halves(job, &walk, at, job.inner * columns, width, center, scale, shift)
         elif repeated and joined:
             normalize_run(job, &walk, at, job.inner * columns, center, scale, shift, period, 0)
         else:

@@ -126,7 +126,7 @@ typedef __m128i bn_halves;
 #define bn_halves_at(x) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x)))
 #define bn_to_halves(t) _mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT)
 #define bn_store_halves(y, halves) _mm_storeu_si128((__m128i *)(y), halves)
-#define bn_stream_halves(y, halves) _mm_stream_si128((__m128i *)(y), halves)
+#define bn_stream_halves(y, halves) (_mm_stream_si128((__m128i *)(y), halves), bn_in_order())
 #define bn_all _mm256_set1_ps
 #define bn_floats_at _mm256_loadu_ps
 #define bn_scaled(x, c, a, b) _mm256_add_ps(_mm256_mul_ps(_mm256_sub_ps(x, c), a), b)
@@ -166,7 +166,7 @@ typedef struct {
     const float *shift;
     float low;
     float high;
-    ptrdiff_t ahead; /* bytes from x to what is asked for meanwhile, where y is streamed; 0: nothing */
+    int ahead; /* whether x is asked for where y is streamed */
 } bn_row_of_halves;
 
 #if BN_CONVERTS_HALVES
@@ -187,20 +187,17 @@ bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int ste
     for (; i + BN_LANES * (rows ? 1 : count) <= n; i += BN_LANES * (rows ? 1 : count)) {
         bn_halves halves[BN_ROWS];
         if (stream && r.ahead)
-            bn_prefetch((const char *)(r.x + (rows ? BN_ROWS : 1) * i) + r.ahead, BN_LINE);
+            bn_prefetch((const char *)(r.x + i) + BN_NEAR, BN_LINE);
         for (int j = 0; j < count; j++) {
             if (step && (j == 0 || !rows)) {
                 c = bn_floats_at(r.center + i + BN_LANES * j);
                 a = bn_floats_at(r.scale + i + BN_LANES * j);
                 b = bn_floats_at(r.shift + i + BN_LANES * j);
             }
-            bn_floats t = bn_halves_at(BN_AT(r.x + i, x_next * j));
-            t = bn_scaled(t, c, a, b);
+            bn_floats t = bn_scaled(bn_halves_at(BN_AT(r.x + i, x_next * j)), c, a, b);
             if (added)
                 t = t + bn_halves_at(BN_AT(r.residual + i, residual_next * j));
-            if (bounded)
-                t = bn_bounded(t, lows, highs);
-            halves[j] = bn_to_halves(t);
+            halves[j] = bn_to_halves(bounded ? bn_bounded(t, lows, highs) : t);
         }
         for (int j = 0; j < count; j++) {
             if (stream)
@@ -265,14 +262,13 @@ bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, cons
         bn_normalize_vectors(rest, 0, BN_LANES, step, added, 1, 0, 1, 0);
 }
 
-/* Whole vectors of BN_ROWS rows, from i to n, whose elements have coefficients of their own. */
-static inline __attribute__((always_inline)) void bn_normalize_four_rows(bn_row_of_halves r, ptrdiff_t i,
-                                                                         ptrdiff_t n, const int stream)
+/* BN_ROWS rows, whole vectors each, whose elements have coefficients of their own. */
+static inline __attribute__((always_inline)) void bn_normalize_four_rows(bn_row_of_halves r, ptrdiff_t n)
 {
     if (r.residual)
-        bn_normalize_some(r, i, n, 1, 1, stream, BN_ROWS, 1);
+        bn_normalize_some(r, 0, n, 1, 1, 0, BN_ROWS, 1);
     else
-        bn_normalize_some(r, i, n, 1, 0, stream, BN_ROWS, 1);
+        bn_normalize_some(r, 0, n, 1, 0, 0, BN_ROWS, 1);
 }
 
 static inline void bn_move(bn_row_of_halves *r, ptrdiff_t rows)
@@ -298,7 +294,7 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
         return 0;
     if (step && !stream && columns % 16 == 0)
         for (; row + BN_ROWS <= rows; row += BN_ROWS) {
-            bn_normalize_four_rows(r, 0, columns, 0);
+            bn_normalize_four_rows(r, columns);
             bn_move(&r, BN_ROWS);
         }
     for (; row < rows; row++) {
@@ -318,31 +314,78 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
 }
 
 /* Of n elements in joined rows, whose elements have coefficients of their own, as many as are whole fours of
- * rows. The first one's coefficients are at `phase`. To stream them y begins where a line does, and rows are
- * as many as whole lines need. */
-static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_rows_of_halves(
-    bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t phase, const int stream)
+ * rows. */
+static inline ptrdiff_t bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns)
 {
     ptrdiff_t done = 0;
 #if BN_CONVERTS_HALVES
+    const ptrdiff_t some = BN_ROWS * columns;
+    r.x_row = r.residual_row = r.y_row = columns * (ptrdiff_t)sizeof(uint16_t);
+    if (columns % 16 == 0)
+        for (; done + some <= n; done += some) {
+            bn_normalize_four_rows(r, columns);
+            bn_move(&r, BN_ROWS);
+        }
+#endif
+    return done;
+}
+
+#if BN_STREAMS && BN_CONVERTS_HALVES
+/* BN_ROWS rows of whole lines, `row` elements each, the first one of which has its coefficients at `at` of
+ * `columns`. A line is written as a whole: parts of four lines in turn took up to three times as long. What
+ * longer rows read is asked for in the order of memory, in which CPUs do not see it coming: 3 x. */
+static inline __attribute__((always_inline)) void bn_stream_four_rows(bn_row_of_halves r, ptrdiff_t row,
+                                                                      ptrdiff_t columns, ptrdiff_t at,
+                                                                      const int added, const int bounded)
+{
+    enum { IN_LINE = BN_LINE / sizeof(bn_halves) };
+    const bn_floats lows = bn_all(r.low), highs = bn_all(r.high);
+    const ptrdiff_t ahead = BN_ROWS * r.x_row > BN_NEAR ? BN_ROWS * r.x_row : BN_NEAR;
+    const int ask = r.x_row > 2 * BN_LINE;
+    for (ptrdiff_t i = 0; i < row; i += BN_LINE / (ptrdiff_t)sizeof *r.x) {
+        bn_halves halves[BN_ROWS][IN_LINE];
+        for (int k = 0; k < IN_LINE; k++) {
+            const bn_floats c = bn_floats_at(r.center + at), a = bn_floats_at(r.scale + at);
+            const bn_floats b = bn_floats_at(r.shift + at);
+            at = at + BN_LANES < columns ? at + BN_LANES : 0;
+            if (ask)
+                bn_prefetch((const char *)(r.x + BN_ROWS * i) + ahead + k * BN_LINE, BN_LINE);
+            if (ask && added)
+                bn_prefetch((const char *)(r.residual + BN_ROWS * i) + ahead + k * BN_LINE, BN_LINE);
+            for (int j = 0; j < BN_ROWS; j++) {
+                bn_floats t = bn_scaled(bn_halves_at(BN_AT(r.x + i + BN_LANES * k, r.x_row * j)), c, a, b);
+                if (added)
+                    t = t + bn_halves_at(BN_AT(r.residual + i + BN_LANES * k, r.x_row * j));
+                halves[j][k] = bn_to_halves(bounded ? bn_bounded(t, lows, highs) : t);
+            }
+        }
+        for (int j = 0; j < BN_ROWS; j++)
+            for (int k = 0; k < IN_LINE; k++)
+                bn_stream_halves(BN_AT(r.y + i + BN_LANES * k, r.x_row * j), halves[j][k]);
+    }
+}
+#endif
+
+/* The same to memory, from where a line of y begins: rows are as many as whole lines need, and the first
+ * one's coefficients are at `phase`. */
+static inline ptrdiff_t bn_stream_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns,
+                                                 ptrdiff_t phase)
+{
+    ptrdiff_t done = 0;
+#if BN_STREAMS && BN_CONVERTS_HALVES
     ptrdiff_t row = columns;
-    if (columns % (stream ? BN_LANES : 16) || phase % BN_LANES)
+    if (columns % BN_LANES || phase % BN_LANES)
         return 0;
-    while (stream && row % (BN_LINE / 2))
+    while (row % (BN_LINE / 2))
         row += columns;
     r.x_row = r.residual_row = r.y_row = row * (ptrdiff_t)sizeof(uint16_t);
-    if (r.ahead)
-        r.ahead = r.ahead > BN_ROWS * r.x_row ? r.ahead : BN_ROWS * r.x_row;
     for (; done + BN_ROWS * row <= n; done += BN_ROWS * row) {
-        bn_row_of_halves part = r;
-        ptrdiff_t at = phase;
-        for (ptrdiff_t i = 0, until; i < row; i = until, at = 0) {
-            until = i + columns - at < row ? i + columns - at : row;
-            part.center = r.center + at - i;
-            part.scale = r.scale + at - i;
-            part.shift = r.shift + at - i;
-            bn_normalize_four_rows(part, i, until, stream);
-        }
+        if (r.residual)
+            bn_stream_four_rows(r, row, columns, phase, 1, 1);
+        else if (r.low > -INFINITY || r.high < INFINITY)
+            bn_stream_four_rows(r, row, columns, phase, 0, 1);
+        else
+            bn_stream_four_rows(r, row, columns, phase, 0, 0);
         bn_move(&r, BN_ROWS);
     }
 #endif
