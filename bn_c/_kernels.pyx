@@ -351,6 +351,7 @@ cdef struct Rows:
     int stride
     Steps step
     bint next_channel               # whose coefficients follow; else they have the same
+    bint twice                      # these are there again behind a row, as is x
     bint streamed                   # y, whose rows join, goes to memory
     Py_ssize_t ahead                # bytes from x to what is asked for meanwhile; 0: nothing
 
@@ -488,7 +489,7 @@ cdef inline inlined stream_pairs(
     cdef Pair pair
     cdef Activation bounds = bounds_of(activation)
     cdef Py_ssize_t _pair
-    if step and n > rows.columns - column:
+    if step and not rows.twice and n > rows.columns - column:
         join(seam.center, center, center, rows.columns)
         join(seam.scale, scale, scale, rows.columns)
         join(seam.shift, shift, shift, rows.columns)
@@ -501,7 +502,7 @@ cdef inline inlined stream_pairs(
             pair.center = center + column
             pair.scale = scale + column
             pair.shift = shift + column
-            if column + TWO_LINES > rows.columns:
+            if column + TWO_LINES > rows.columns and not rows.twice:
                 pair = pair_of(&seam, x, stride, residual, rows, column + TWO_LINES - rows.columns, center, scale, shift, step)
             normalize_row(
                 pair.x, stride, pair.residual if residual != NULL else NULL, lines, TWO_LINES,
@@ -729,7 +730,7 @@ cdef Rows joined_rows(Py_ssize_t columns, int stride, bint next_channel) noexcep
     rows.stride = stride
     rows.step = steps_of(columns * 4 * stride, columns * 4, columns * 4)
     rows.next_channel = next_channel
-    rows.streamed = False
+    rows.twice = rows.streamed = False
     rows.ahead = 0
     return rows
 
@@ -774,7 +775,7 @@ cdef Walk walk_of(
     rows.out = run.out and (not job.stream or (walk.short_rows and columns >= FEW))
     if job.stream and run.out:
         run.rows = joined_rows(period * (1 + (TWO_LINES - 1) // period), stride, False)     # two lines at least
-        run.rows.streamed = True
+        run.rows.twice = run.rows.streamed = True
         run.rows.ahead = BN_NEAR if walk.ahead and run.x else 0
     rows.rows = joined_rows(columns if columns >= FEW or not step else period, stride, next_channel)
     if columns >= FEW:
