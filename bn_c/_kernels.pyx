@@ -585,27 +585,27 @@ cdef void stream_floats(
 ) noexcept nogil:
     """Pairs of lines; what is before and behind them, in parts of rows, normally."""
     cdef Py_ssize_t before = min(n, -<size_t> y % 64 // 4), pairs = (n - before) // TWO_LINES * TWO_LINES
-    cdef Py_ssize_t i = 0, some, column = 0, c, passed
+    cdef Py_ssize_t i = 0, row, column, some, k
+    cdef const float *x_row
+    cdef const float *residual_row = NULL
     while i < n:
-        c = column * step
+        row = i // rows.columns
+        column = i - row * rows.columns
+        k = row * rows.next_channel
+        x_row = <const float *> (<const char *> x + row * rows.step.x)
+        if residual != NULL:
+            residual_row = <const float *> (<const char *> residual + row * rows.step.residual)
         if i == before and pairs > 0:
             some = pairs
-            stream_lines(x, residual, y + i, pairs, rows, column, center, scale, shift, step, activation)
+            stream_lines(
+                x_row, residual_row, y + i, pairs, rows, column, center + k, scale + k, shift + k, step, activation)
         else:
             some = min(rows.columns - column, (before if i < before else n) - i)
+            k += column * step
             normalize_loops(
-                x + column * rows.stride, residual + column if residual != NULL else NULL, y + i, some, rows,
-                center + c, scale + c, shift + c, step, activation)
+                x_row + column * rows.stride, residual_row + column if residual != NULL else NULL, y + i, some, rows,
+                center + k, scale + k, shift + k, step, activation)
         i += some
-        passed = (column + some) // rows.columns
-        column += some - passed * rows.columns
-        x = <const float *> (<const char *> x + passed * rows.step.x)
-        if residual != NULL:
-            residual = <const float *> (<const char *> residual + passed * rows.step.residual)
-        if rows.next_channel:
-            center += passed
-            scale += passed
-            shift += passed
 
 
 cdef void normalize_floats(
@@ -769,10 +769,14 @@ cdef Walk walk_of(
         is_run(&job.residual, walk.element.residual) and job.residual.data != job.out.data)
     run.out = is_run(&job.out, walk.element.out)
     run.rows = joined_rows(period, stride, False)
+    walk.joined = row.out == columns * element.out and (stride == 1 or row.x == columns * element.x)
+    walk.streamed = job.stream and everywhere(job, &run) and columns >= (
+        TWO_LINES if row.x == columns * element.x else STREAMED) \
+        and (walk.joined or walk.whole_lines or not walk.short_rows)
     rows = run
     # What is neither a long row nor streamed as one goes through the caches: streaming parts of lines costs five times as
     # much, and short rows by way of a buffer took 1.2 x.
-    rows.out = run.out and (not job.stream or (walk.short_rows and columns >= FEW))
+    rows.out = run.out and (not job.stream or walk.streamed or (walk.short_rows and columns >= FEW))
     if job.stream and run.out:
         run.rows = joined_rows(period * (1 + (TWO_LINES - 1) // period), stride, False)     # two lines at least
         run.rows.twice = run.rows.streamed = True
@@ -789,13 +793,8 @@ cdef Walk walk_of(
         rows.x = rows.x and row.x == columns * 4
         rows.residual = rows.residual and (job.residual.data == NULL or row.residual == columns * 4)
         rows.out = rows.out and row.out == columns * 4
-    walk.joined = row.out == columns * element.out and (stride == 1 or row.x == columns * element.x)
-    walk.streamed = job.stream and everywhere(job, &run) and columns >= (
-        TWO_LINES if row.x == columns * element.x else STREAMED) \
-        and (walk.joined or walk.whole_lines or not walk.short_rows)
     if walk.streamed:
-        rows.x = rows.residual = rows.out = rows.rows.streamed = True
-        rows.rows.step = row
+        rows.rows.streamed = True
         if walk.ahead:
             rows.rows.ahead = rows_ahead(row.x, 1) * row.x if lie_apart(row.x, columns * element.x) else BN_NEAR
     walk.over_run = run

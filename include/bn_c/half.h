@@ -172,6 +172,17 @@ typedef struct {
 #if BN_CONVERTS_HALVES
 #define BN_AT(data, bytes) ((void *)((char *)(data) + (bytes)))
 
+/* A vector of y. */
+static inline __attribute__((always_inline)) bn_halves
+bn_normalized_halves(const uint16_t *x, const uint16_t *residual, bn_floats c, bn_floats a, bn_floats b,
+                     bn_floats lows, bn_floats highs, const int added, const int bounded)
+{
+    bn_floats t = bn_scaled(bn_halves_at(x), c, a, b);
+    if (added)
+        t = t + bn_halves_at(residual);
+    return bn_to_halves(bounded ? bn_bounded(t, lows, highs) : t);
+}
+
 /* Elements i to n of a row, or of BN_ROWS rows: `step` is 0 where all have one coefficient, 1 where each has
  * its own, and the coefficients of a row are loaded once for all rows. `count` vectors at a time do not wait
  * for each other: small cores run instructions in their order. Returns where it ends. */
@@ -194,10 +205,9 @@ bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int ste
                 a = bn_floats_at(r.scale + i + BN_LANES * j);
                 b = bn_floats_at(r.shift + i + BN_LANES * j);
             }
-            bn_floats t = bn_scaled(bn_halves_at(BN_AT(r.x + i, x_next * j)), c, a, b);
-            if (added)
-                t = t + bn_halves_at(BN_AT(r.residual + i, residual_next * j));
-            halves[j] = bn_to_halves(bounded ? bn_bounded(t, lows, highs) : t);
+            halves[j] = bn_normalized_halves(BN_AT(r.x + i, x_next * j),
+                                             added ? BN_AT(r.residual + i, residual_next * j) : NULL, c, a, b,
+                                             lows, highs, added, bounded);
         }
         for (int j = 0; j < count; j++) {
             if (stream)
@@ -352,12 +362,11 @@ static inline __attribute__((always_inline)) void bn_stream_four_rows(bn_row_of_
                 bn_prefetch((const char *)(r.x + BN_ROWS * i) + ahead + k * BN_LINE, BN_LINE);
             if (ask && added)
                 bn_prefetch((const char *)(r.residual + BN_ROWS * i) + ahead + k * BN_LINE, BN_LINE);
-            for (int j = 0; j < BN_ROWS; j++) {
-                bn_floats t = bn_scaled(bn_halves_at(BN_AT(r.x + i + BN_LANES * k, r.x_row * j)), c, a, b);
-                if (added)
-                    t = t + bn_halves_at(BN_AT(r.residual + i + BN_LANES * k, r.x_row * j));
-                halves[j][k] = bn_to_halves(bounded ? bn_bounded(t, lows, highs) : t);
-            }
+            for (int j = 0; j < BN_ROWS; j++)
+                halves[j][k] =
+                    bn_normalized_halves(BN_AT(r.x + i + BN_LANES * k, r.x_row * j),
+                                         added ? BN_AT(r.residual + i + BN_LANES * k, r.x_row * j) : NULL, c,
+                                         a, b, lows, highs, added, bounded);
         }
         for (int j = 0; j < BN_ROWS; j++)
             for (int k = 0; k < IN_LINE; k++)
