@@ -129,7 +129,11 @@ typedef __m128i bn_halves;
 #define bn_stream_halves(y, halves) (_mm_stream_si128((__m128i *)(y), halves), bn_in_order())
 #define bn_all _mm256_set1_ps
 #define bn_floats_at _mm256_loadu_ps
-#define bn_scaled(x, c, a, b) _mm256_add_ps(_mm256_mul_ps(_mm256_sub_ps(x, c), a), b)
+#if defined(__FMA__)
+#define bn_floats_less(a, b, one) _mm256_fmsub_ps(a, bn_all(one), b)
+#else
+#define bn_floats_less(a, b, one) _mm256_sub_ps(a, b)
+#endif
 #define bn_bounded(t, low, high) _mm256_min_ps(high, _mm256_max_ps(low, t))
 #else
 typedef float32x4_t bn_floats;
@@ -140,7 +144,7 @@ typedef uint16x4_t bn_halves;
 #define bn_stream_halves bn_store_halves
 #define bn_all vdupq_n_f32
 #define bn_floats_at vld1q_f32
-#define bn_scaled(x, c, a, b) vaddq_f32(vmulq_f32(vsubq_f32(x, c), a), b)
+#define bn_floats_less(a, b, one) vsubq_f32(a, b)
 static inline float32x4_t bn_bounded(float32x4_t t, float32x4_t low, float32x4_t high)
 {
     t = vbslq_f32(vcltq_f32(t, low), low, t);
@@ -172,12 +176,13 @@ typedef struct {
 #if BN_CONVERTS_HALVES
 #define BN_AT(data, bytes) ((void *)((char *)(data) + (bytes)))
 
-/* A vector of y. */
+/* A vector of y. Conversion keeps the adders busy, so the multipliers subtract: 0.85 to 0.9 of the time in
+ * caches. */
 static inline __attribute__((always_inline)) bn_halves
 bn_normalized_halves(const uint16_t *x, const uint16_t *residual, bn_floats c, bn_floats a, bn_floats b,
-                     bn_floats lows, bn_floats highs, const int added, const int bounded)
+                     bn_floats lows, bn_floats highs, const int added, const int bounded, const float one)
 {
-    bn_floats t = bn_scaled(bn_halves_at(x), c, a, b);
+    bn_floats t = bn_floats_less(bn_halves_at(x), c, one) * a + b;
     if (added)
         t = t + bn_halves_at(residual);
     return bn_to_halves(bounded ? bn_bounded(t, lows, highs) : t);
@@ -191,6 +196,7 @@ bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int ste
                      const int bounded, const int stream, const int count, const int rows)
 {
     const bn_floats lows = bn_all(r.low), highs = bn_all(r.high);
+    const float one = BN_ONE;
     const ptrdiff_t x_next = rows ? r.x_row : (ptrdiff_t)sizeof(bn_halves);
     const ptrdiff_t residual_next = rows ? r.residual_row : (ptrdiff_t)sizeof(bn_halves);
     const ptrdiff_t y_next = rows ? r.y_row : (ptrdiff_t)sizeof(bn_halves);
@@ -207,7 +213,7 @@ bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int ste
             }
             halves[j] = bn_normalized_halves(BN_AT(r.x + i, x_next * j),
                                              added ? BN_AT(r.residual + i, residual_next * j) : NULL, c, a, b,
-                                             lows, highs, added, bounded);
+                                             lows, highs, added, bounded, one);
         }
         for (int j = 0; j < count; j++) {
             if (stream)
@@ -350,6 +356,7 @@ static inline __attribute__((always_inline)) void bn_stream_four_rows(bn_row_of_
 {
     enum { IN_LINE = BN_LINE / sizeof(bn_halves) };
     const bn_floats lows = bn_all(r.low), highs = bn_all(r.high);
+    const float one = BN_ONE;
     const ptrdiff_t ahead = BN_ROWS * r.x_row > BN_NEAR ? BN_ROWS * r.x_row : BN_NEAR;
     const int ask = r.x_row > 2 * BN_LINE;
     for (ptrdiff_t i = 0; i < row; i += BN_LINE / (ptrdiff_t)sizeof *r.x) {
@@ -366,7 +373,7 @@ static inline __attribute__((always_inline)) void bn_stream_four_rows(bn_row_of_
                 halves[j][k] =
                     bn_normalized_halves(BN_AT(r.x + i + BN_LANES * k, r.x_row * j),
                                          added ? BN_AT(r.residual + i + BN_LANES * k, r.x_row * j) : NULL, c,
-                                         a, b, lows, highs, added, bounded);
+                                         a, b, lows, highs, added, bounded, one);
         }
         for (int j = 0; j < BN_ROWS; j++)
             for (int k = 0; k < IN_LINE; k++)
@@ -418,19 +425,14 @@ typedef __m512d bn_doubles;
 typedef bn_floats bn_terms;
 #define bn_terms_at bn_floats_at
 #define bn_terms_of_halves bn_halves_at
+#define bn_terms_less bn_floats_less
 #if defined(__F16C__)
-#if defined(__FMA__)
-#define bn_terms_less(a, b, one) _mm256_fmsub_ps(a, bn_all(one), b)
-#else
-#define bn_terms_less(a, b, one) _mm256_sub_ps(a, b)
-#endif
 typedef __m256d bn_doubles;
 #define bn_doubles_at _mm256_loadu_pd
 #define bn_store_doubles _mm256_storeu_pd
 #define bn_low(t) _mm256_cvtps_pd(_mm256_castps256_ps128(t))
 #define bn_high(t) _mm256_cvtps_pd(_mm256_extractf128_ps(t, 1))
 #else
-#define bn_terms_less(a, b, one) vsubq_f32(a, b)
 typedef float64x2_t bn_doubles;
 #define bn_doubles_at vld1q_f64
 #define bn_store_doubles vst1q_f64
