@@ -47,8 +47,7 @@ cdef extern from "bn_c/half.h" nogil:
         const float *center
         const float *scale
         const float *shift
-        float low
-        float high
+        Activation activation
         int ahead
     Py_ssize_t bn_normalize_halves(
         bn_row_of_halves first, Py_ssize_t rows, Py_ssize_t columns, int step, int next, int stream)
@@ -736,10 +735,10 @@ cdef Rows joined_rows(Py_ssize_t columns, int stride, bint next_channel) noexcep
 
 
 cdef bint are_halves(const Job *job, const Steps *element) noexcept nogil:
-    """Whether all are halves, one after the other, with nothing that only floats can."""
+    """Whether all are halves, one after the other, that the CPU converts, and none is computed in double."""
     return job.x.type == FLOAT16 and job.out.type == FLOAT16 and element.x == 2 and element.out == 2 \
         and (job.residual.data == NULL or (job.residual.type == FLOAT16 and element.residual == 2)) \
-        and job.activation.kind <= CLIP and not job.coefficients.wide and BN_CONVERTS_HALVES
+        and not job.coefficients.wide and BN_CONVERTS_HALVES
 
 
 cdef Walk walk_of(
@@ -805,12 +804,11 @@ cdef Walk walk_of(
 cdef bn_row_of_halves row_of_halves(
     const Job *job, const Walk *walk, const Place *at, const float *center, const float *scale, const float *shift,
 ) noexcept nogil:
-    cdef bint bounded = job.activation.kind == CLIP
     return bn_row_of_halves(
         x=<const uint16_t *> at.x, residual=<const uint16_t *> at.residual, y=<uint16_t *> at.out,
         x_row=walk.row.x, residual_row=walk.row.residual, y_row=walk.row.out,
         center=center, scale=scale, shift=shift,
-        low=job.activation.low if bounded else -INFINITY, high=job.activation.high if bounded else INFINITY, ahead=walk.ahead)
+        activation=job.activation, ahead=walk.ahead)
 
 
 cdef bint everywhere(const Job *job, const Loop *loop) noexcept nogil:

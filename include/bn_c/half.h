@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bn_c.h"
 #include "stream.h"
 #include "sums.h"
 
@@ -134,7 +135,9 @@ typedef __m128i bn_halves;
 #else
 #define bn_floats_less(a, b, one) _mm256_sub_ps(a, b)
 #endif
-#define bn_bounded(t, low, high) _mm256_min_ps(high, _mm256_max_ps(low, t))
+#define bn_at_least(low, t) _mm256_max_ps(low, t)
+#define bn_at_most(high, t) _mm256_min_ps(high, t)
+#define bn_if_more(a, b, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
 #else
 typedef float32x4_t bn_floats;
 typedef uint16x4_t bn_halves;
@@ -145,19 +148,16 @@ typedef uint16x4_t bn_halves;
 #define bn_all vdupq_n_f32
 #define bn_floats_at vld1q_f32
 #define bn_floats_less(a, b, one) vsubq_f32(a, b)
-static inline float32x4_t bn_bounded(float32x4_t t, float32x4_t low, float32x4_t high)
-{
-    t = vbslq_f32(vcltq_f32(t, low), low, t);
-    return vbslq_f32(vcgtq_f32(t, high), high, t);
-}
+#define bn_if_more(a, b, yes, no) vbslq_f32(vcgtq_f32(a, b), yes, no)
+#define bn_at_least(low, t) bn_if_more(low, t, low, t)
+#define bn_at_most(high, t) bn_if_more(t, high, high, t)
 #endif
 
 enum { BN_ROWS = 4, BN_LANES = sizeof(bn_floats) / sizeof(float) };
 
 #endif
 
-/* y = min(max((x - center) * scale + shift + residual, low), high). NaN stays NaN: a bound is taken only if y
- * compares beyond it. */
+/* y = activation((x - center) * scale + shift + residual). */
 typedef struct {
     const uint16_t *x;
     const uint16_t *residual; /* NULL: none */
@@ -168,123 +168,130 @@ typedef struct {
     const float *center;
     const float *scale;
     const float *shift;
-    float low;
-    float high;
+    bn_activation activation;
     int ahead; /* whether x is asked for where y is streamed */
 } bn_row_of_halves;
 
 #if BN_CONVERTS_HALVES
 #define BN_AT(data, bytes) ((void *)((char *)(data) + (bytes)))
 
-/* A vector of y. Conversion keeps the adders busy, so the multipliers subtract: 0.85 to 0.9 of the time in
- * caches. */
-static inline __attribute__((always_inline)) bn_halves
-bn_normalized_halves(const uint16_t *x, const uint16_t *residual, bn_floats c, bn_floats a, bn_floats b,
-                     bn_floats lows, bn_floats highs, const int added, const int bounded, const float one)
+/* Conversion keeps the adders busy, so the multipliers subtract: 0.85 to 0.9 of the time in caches. */
+static inline bn_floats bn_normalized(const uint16_t *x, bn_floats c, bn_floats a, bn_floats b,
+                                      const float one)
 {
-    bn_floats t = bn_floats_less(bn_halves_at(x), c, one) * a + b;
-    if (added)
-        t = t + bn_halves_at(residual);
-    return bn_to_halves(bounded ? bn_bounded(t, lows, highs) : t);
+    return bn_floats_less(bn_halves_at(x), c, one) * a + b;
 }
 
-/* Elements i to n of a row, or of BN_ROWS rows: `step` is 0 where all have one coefficient, 1 where each has
- * its own, and the coefficients of a row are loaded once for all rows. `count` vectors at a time do not wait
- * for each other: small cores run instructions in their order. Returns where it ends. */
-static inline __attribute__((always_inline)) ptrdiff_t
-bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i, ptrdiff_t n, const int step, const int added,
-                     const int bounded, const int stream, const int count, const int rows)
+static inline int bn_is_activated(const bn_row_of_halves *r)
 {
-    const bn_floats lows = bn_all(r.low), highs = bn_all(r.high);
-    const float one = BN_ONE;
+    return r->residual || r->activation.kind != BN_IDENTITY;
+}
+
+/* Vectors t become activation(t + residual), which lies at `stride`. NaN stays NaN. Asked for every few
+ * vectors, what is to be done takes no time; a loop for each case would make wheels too large. */
+static inline __attribute__((always_inline)) void
+bn_activate(bn_floats *t, const int n, const uint16_t *residual, ptrdiff_t stride, const bn_activation *f)
+{
+    if (residual)
+        for (int j = 0; j < n; j++)
+            t[j] = t[j] + bn_halves_at(BN_AT(residual, stride * j));
+    if (f->kind == BN_CLIP) {
+        for (int j = 0; j < n; j++)
+            t[j] = bn_at_least(bn_all(f->low), t[j]);
+        if (f->high < INFINITY)
+            for (int j = 0; j < n; j++)
+                t[j] = bn_at_most(bn_all(f->high), t[j]);
+    } else if (f->kind != BN_IDENTITY) {
+        const bn_floats slope = bn_all(f->slope), zero = bn_all(0), three = bn_all(3),
+                        sixth = bn_all((float)(1.0 / 6.0));
+        for (int j = 0; j < n; j++) {
+            if (f->kind == BN_LEAKY_RELU)
+                t[j] = bn_if_more(t[j], zero, t[j], t[j] * slope);
+            else
+                t[j] = bn_if_more(three, t[j], bn_if_more(t[j], -three, t[j] * (t[j] + three) * sixth, zero),
+                                  t[j]);
+        }
+    }
+}
+
+/* A vector of y from element i of a row on. `step` is 0 where all have one coefficient, 1 where each has its
+ * own. */
+static inline __attribute__((always_inline)) bn_halves bn_normalized_at(const bn_row_of_halves *r,
+                                                                        ptrdiff_t i, const float one,
+                                                                        const int step)
+{
+    bn_floats t =
+        step ? bn_normalized(r->x + i, bn_floats_at(r->center + i), bn_floats_at(r->scale + i),
+                             bn_floats_at(r->shift + i), one)
+             : bn_normalized(r->x + i, bn_all(*r->center), bn_all(*r->scale), bn_all(*r->shift), one);
+    if (bn_is_activated(r))
+        bn_activate(&t, 1, r->residual ? r->residual + i : NULL, 0, &r->activation);
+    return bn_to_halves(t);
+}
+
+/* Elements i to n of a row, BN_ROWS vectors at a time, which do not wait for each other: small cores run
+ * instructions in their order. Or one vector of each of BN_ROWS rows, for which coefficients are loaded once.
+ * Returns where it ends. */
+static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i,
+                                                                            ptrdiff_t n, const float one,
+                                                                            const int step, const int stream,
+                                                                            const int rows)
+{
+    const int activated = bn_is_activated(&r);
+    const ptrdiff_t some = rows ? BN_LANES : BN_ROWS * BN_LANES;
     const ptrdiff_t x_next = rows ? r.x_row : (ptrdiff_t)sizeof(bn_halves);
     const ptrdiff_t residual_next = rows ? r.residual_row : (ptrdiff_t)sizeof(bn_halves);
     const ptrdiff_t y_next = rows ? r.y_row : (ptrdiff_t)sizeof(bn_halves);
     bn_floats c = bn_all(*r.center), a = bn_all(*r.scale), b = bn_all(*r.shift);
-    for (; i + BN_LANES * (rows ? 1 : count) <= n; i += BN_LANES * (rows ? 1 : count)) {
-        bn_halves halves[BN_ROWS];
+    for (; i + some <= n; i += some) {
+        bn_floats t[BN_ROWS];
         if (stream && r.ahead)
             bn_prefetch((const char *)(r.x + i) + BN_NEAR, BN_LINE);
-        for (int j = 0; j < count; j++) {
+        for (int j = 0; j < BN_ROWS; j++) {
             if (step && (j == 0 || !rows)) {
                 c = bn_floats_at(r.center + i + BN_LANES * j);
                 a = bn_floats_at(r.scale + i + BN_LANES * j);
                 b = bn_floats_at(r.shift + i + BN_LANES * j);
             }
-            halves[j] = bn_normalized_halves(BN_AT(r.x + i, x_next * j),
-                                             added ? BN_AT(r.residual + i, residual_next * j) : NULL, c, a, b,
-                                             lows, highs, added, bounded, one);
+            t[j] = bn_normalized(BN_AT(r.x + i, x_next * j), c, a, b, one);
         }
-        for (int j = 0; j < count; j++) {
+        if (activated)
+            bn_activate(t, BN_ROWS, r.residual ? r.residual + i : NULL, residual_next, &r.activation);
+        for (int j = 0; j < BN_ROWS; j++) {
             if (stream)
-                bn_stream_halves(BN_AT(r.y + i, y_next * j), halves[j]);
+                bn_stream_halves(BN_AT(r.y + i, y_next * j), bn_to_halves(t[j]));
             else
-                bn_store_halves(BN_AT(r.y + i, y_next * j), halves[j]);
+                bn_store_halves(BN_AT(r.y + i, y_next * j), bn_to_halves(t[j]));
         }
     }
     return i;
 }
 
-/* The loop above with what is known of it beforehand. */
-static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_some(bn_row_of_halves r, ptrdiff_t i,
-                                                                         ptrdiff_t n, const int step,
-                                                                         const int added, const int stream,
-                                                                         const int count, const int rows)
-{
-    const int bounded = added || r.low > -INFINITY || r.high < INFINITY;
-#define BN_NORMALIZE(bounded, stream) bn_normalize_vectors(r, i, n, step, added, bounded, stream, count, rows)
-#if BN_STREAMS
-    if (stream)
-        return bounded ? BN_NORMALIZE(1, 1) : BN_NORMALIZE(0, 1);
-#endif
-    return bounded ? BN_NORMALIZE(1, 0) : BN_NORMALIZE(0, 0);
-#undef BN_NORMALIZE
-}
-
-/* n elements, a vector at least. The last vector is done with those before it that it overlaps; where y is
- * what is read, it is loaded first. Whole lines only are streamed. */
+/* n elements, a vector at least. The last vector overlaps those before it, and is read before they are
+ * written: y may be x or the residual. Whole lines only are streamed. */
 static inline __attribute__((always_inline)) void
-bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const int step, const int added, int stream)
+bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const float one, const int step, int stream)
 {
-    uint16_t x[BN_LANES], residual[BN_LANES];
-    const ptrdiff_t last = n - BN_LANES, own = step ? last : 0;
-    bn_row_of_halves rest = r;
+    const ptrdiff_t last = n - BN_LANES;
+    const bn_halves end = bn_normalized_at(&r, last, one, step);
     ptrdiff_t i = 0, until = n;
-    rest.x += last;
-    if (added)
-        rest.residual += last;
-    rest.y += last;
-    rest.center += own;
-    rest.scale += own;
-    rest.shift += own;
-    if (n % BN_LANES && (r.y == r.x || (added && r.y == r.residual))) {
-        rest.x = memcpy(x, rest.x, sizeof x);
-        if (added)
-            rest.residual = memcpy(residual, rest.residual, sizeof residual);
-    }
+#if BN_STREAMS
     if (stream && (uintptr_t)r.y % sizeof(bn_halves) == 0) {
         until = -(uintptr_t)r.y % BN_LINE / sizeof *r.y;
         until = until < n ? until : n;
     }
+#endif
     for (;;) {
-        i = bn_normalize_some(r, i, until, step, added, 0, BN_ROWS, 0);
-        i = bn_normalize_some(r, i, until, step, added, 0, 1, 0);
+        i = bn_normalize_vectors(r, i, until, one, step, 0, 0);
+        for (; i + BN_LANES <= until; i += BN_LANES)
+            bn_store_halves(r.y + i, bn_normalized_at(&r, i, one, step));
         if (until == n)
             break;
-        i = bn_normalize_some(r, i, n, step, added, 1, BN_ROWS, 0);
+        i = bn_normalize_vectors(r, i, n, one, step, BN_STREAMS, 0);
         until = n;
     }
     if (i < n)
-        bn_normalize_vectors(rest, 0, BN_LANES, step, added, 1, 0, 1, 0);
-}
-
-/* BN_ROWS rows, whole vectors each, whose elements have coefficients of their own. */
-static inline __attribute__((always_inline)) void bn_normalize_four_rows(bn_row_of_halves r, ptrdiff_t n)
-{
-    if (r.residual)
-        bn_normalize_some(r, 0, n, 1, 1, 0, BN_ROWS, 1);
-    else
-        bn_normalize_some(r, 0, n, 1, 0, 0, BN_ROWS, 1);
+        bn_store_halves(r.y + last, end);
 }
 
 static inline void bn_move(bn_row_of_halves *r, ptrdiff_t rows)
@@ -305,19 +312,17 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
                                                                        int next, int stream)
 {
 #if BN_CONVERTS_HALVES
+    const float one = BN_ONE;
     ptrdiff_t row = 0;
     if (columns < BN_LANES)
         return 0;
     if (step && !stream && columns % 16 == 0)
         for (; row + BN_ROWS <= rows; row += BN_ROWS) {
-            bn_normalize_four_rows(r, columns);
+            bn_normalize_vectors(r, 0, columns, one, 1, 0, 1);
             bn_move(&r, BN_ROWS);
         }
     for (; row < rows; row++) {
-        if (r.residual)
-            bn_normalize_row_of_halves(r, columns, step, 1, stream);
-        else
-            bn_normalize_row_of_halves(r, columns, step, 0, stream);
+        bn_normalize_row_of_halves(r, columns, one, step, stream);
         bn_move(&r, 1);
         r.center += next;
         r.scale += next;
@@ -333,47 +338,45 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
  * rows. */
 static inline ptrdiff_t bn_normalize_rows_of_halves(bn_row_of_halves r, ptrdiff_t n, ptrdiff_t columns)
 {
-    ptrdiff_t done = 0;
 #if BN_CONVERTS_HALVES
-    const ptrdiff_t some = BN_ROWS * columns;
+    if (columns % 16)
+        return 0;
     r.x_row = r.residual_row = r.y_row = columns * (ptrdiff_t)sizeof(uint16_t);
-    if (columns % 16 == 0)
-        for (; done + some <= n; done += some) {
-            bn_normalize_four_rows(r, columns);
-            bn_move(&r, BN_ROWS);
-        }
+    return bn_normalize_halves(r, n / columns / BN_ROWS * BN_ROWS, columns, 1, 0, 0);
+#else
+    return 0;
 #endif
-    return done;
 }
 
 #if BN_STREAMS && BN_CONVERTS_HALVES
 /* BN_ROWS rows of whole lines, `row` elements each, the first one of which has its coefficients at `at` of
  * `columns`. A line is written as a whole: parts of four lines in turn took up to three times as long. What
  * longer rows read is asked for in the order of memory, in which CPUs do not see it coming: 3 x. */
-static inline __attribute__((always_inline)) void bn_stream_four_rows(bn_row_of_halves r, ptrdiff_t row,
-                                                                      ptrdiff_t columns, ptrdiff_t at,
-                                                                      const int added, const int bounded)
+static inline void bn_stream_four_rows(bn_row_of_halves r, ptrdiff_t row, ptrdiff_t columns, ptrdiff_t at)
 {
     enum { IN_LINE = BN_LINE / sizeof(bn_halves) };
-    const bn_floats lows = bn_all(r.low), highs = bn_all(r.high);
     const float one = BN_ONE;
     const ptrdiff_t ahead = BN_ROWS * r.x_row > BN_NEAR ? BN_ROWS * r.x_row : BN_NEAR;
-    const int ask = r.x_row > 2 * BN_LINE;
-    for (ptrdiff_t i = 0; i < row; i += BN_LINE / (ptrdiff_t)sizeof *r.x) {
+    const int ask = r.x_row > 2 * BN_LINE, activated = bn_is_activated(&r);
+    for (ptrdiff_t i = 0; i < row; i += BN_LANES * IN_LINE) {
         bn_halves halves[BN_ROWS][IN_LINE];
+#pragma GCC unroll 4
         for (int k = 0; k < IN_LINE; k++) {
             const bn_floats c = bn_floats_at(r.center + at), a = bn_floats_at(r.scale + at);
             const bn_floats b = bn_floats_at(r.shift + at);
+            const ptrdiff_t here = i + BN_LANES * k;
+            bn_floats t[BN_ROWS];
             at = at + BN_LANES < columns ? at + BN_LANES : 0;
             if (ask)
                 bn_prefetch((const char *)(r.x + BN_ROWS * i) + ahead + k * BN_LINE, BN_LINE);
-            if (ask && added)
+            if (ask && r.residual)
                 bn_prefetch((const char *)(r.residual + BN_ROWS * i) + ahead + k * BN_LINE, BN_LINE);
             for (int j = 0; j < BN_ROWS; j++)
-                halves[j][k] =
-                    bn_normalized_halves(BN_AT(r.x + i + BN_LANES * k, r.x_row * j),
-                                         added ? BN_AT(r.residual + i + BN_LANES * k, r.x_row * j) : NULL, c,
-                                         a, b, lows, highs, added, bounded, one);
+                t[j] = bn_normalized(BN_AT(r.x + here, r.x_row * j), c, a, b, one);
+            if (activated)
+                bn_activate(t, BN_ROWS, r.residual ? r.residual + here : NULL, r.x_row, &r.activation);
+            for (int j = 0; j < BN_ROWS; j++)
+                halves[j][k] = bn_to_halves(t[j]);
         }
         for (int j = 0; j < BN_ROWS; j++)
             for (int k = 0; k < IN_LINE; k++)
@@ -396,12 +399,7 @@ static inline ptrdiff_t bn_stream_rows_of_halves(bn_row_of_halves r, ptrdiff_t n
         row += columns;
     r.x_row = r.residual_row = r.y_row = row * (ptrdiff_t)sizeof(uint16_t);
     for (; done + BN_ROWS * row <= n; done += BN_ROWS * row) {
-        if (r.residual)
-            bn_stream_four_rows(r, row, columns, phase, 1, 1);
-        else if (r.low > -INFINITY || r.high < INFINITY)
-            bn_stream_four_rows(r, row, columns, phase, 0, 1);
-        else
-            bn_stream_four_rows(r, row, columns, phase, 0, 0);
+        bn_stream_four_rows(r, row, columns, phase);
         bn_move(&r, BN_ROWS);
     }
 #endif
