@@ -182,19 +182,18 @@ static inline bn_floats bn_normalized(const uint16_t *x, bn_floats c, bn_floats 
     return bn_floats_less(bn_halves_at(x), c, one) * a + b;
 }
 
-static inline int bn_is_activated(const bn_row_of_halves *r)
-{
-    return r->residual || r->activation.kind != BN_IDENTITY;
-}
-
-/* Vectors t become activation(t + residual), which lies at `stride`. NaN stays NaN. Asked for every few
- * vectors, what is to be done takes no time; a loop for each case would make wheels too large. */
+/* n vectors, which are at element i of a row and `stride` apart, become activation(t + residual). NaN stays
+ * NaN. Asked for every few vectors, what is to be done takes no time; a loop for each case would make wheels
+ * too large. */
 static inline __attribute__((always_inline)) void
-bn_activate(bn_floats *t, const int n, const uint16_t *residual, ptrdiff_t stride, const bn_activation *f)
+bn_activate(bn_floats *t, const int n, const bn_row_of_halves *r, ptrdiff_t i, ptrdiff_t stride)
 {
-    if (residual)
+    const bn_activation *f = &r->activation;
+    if (!r->residual && f->kind == BN_IDENTITY)
+        return;
+    if (r->residual)
         for (int j = 0; j < n; j++)
-            t[j] = t[j] + bn_halves_at(BN_AT(residual, stride * j));
+            t[j] = t[j] + bn_halves_at(BN_AT(r->residual + i, stride * j));
     if (f->kind == BN_CLIP) {
         for (int j = 0; j < n; j++)
             t[j] = bn_at_least(bn_all(f->low), t[j]);
@@ -224,8 +223,7 @@ static inline __attribute__((always_inline)) bn_halves bn_normalized_at(const bn
         step ? bn_normalized(r->x + i, bn_floats_at(r->center + i), bn_floats_at(r->scale + i),
                              bn_floats_at(r->shift + i), one)
              : bn_normalized(r->x + i, bn_all(*r->center), bn_all(*r->scale), bn_all(*r->shift), one);
-    if (bn_is_activated(r))
-        bn_activate(&t, 1, r->residual ? r->residual + i : NULL, 0, &r->activation);
+    bn_activate(&t, 1, r, i, 0);
     return bn_to_halves(t);
 }
 
@@ -237,7 +235,6 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_vectors(bn_r
                                                                             const int step, const int stream,
                                                                             const int rows)
 {
-    const int activated = bn_is_activated(&r);
     const ptrdiff_t some = rows ? BN_LANES : BN_ROWS * BN_LANES;
     const ptrdiff_t x_next = rows ? r.x_row : (ptrdiff_t)sizeof(bn_halves);
     const ptrdiff_t residual_next = rows ? r.residual_row : (ptrdiff_t)sizeof(bn_halves);
@@ -255,8 +252,7 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_vectors(bn_r
             }
             t[j] = bn_normalized(BN_AT(r.x + i, x_next * j), c, a, b, one);
         }
-        if (activated)
-            bn_activate(t, BN_ROWS, r.residual ? r.residual + i : NULL, residual_next, &r.activation);
+        bn_activate(t, BN_ROWS, &r, i, residual_next);
         for (int j = 0; j < BN_ROWS; j++) {
             if (stream)
                 bn_stream_halves(BN_AT(r.y + i, y_next * j), bn_to_halves(t[j]));
@@ -357,7 +353,7 @@ static inline void bn_stream_four_rows(bn_row_of_halves r, ptrdiff_t row, ptrdif
     enum { IN_LINE = BN_LINE / sizeof(bn_halves) };
     const float one = BN_ONE;
     const ptrdiff_t ahead = BN_ROWS * r.x_row > BN_NEAR ? BN_ROWS * r.x_row : BN_NEAR;
-    const int ask = r.x_row > 2 * BN_LINE, activated = bn_is_activated(&r);
+    const int ask = r.x_row > 2 * BN_LINE;
     for (ptrdiff_t i = 0; i < row; i += BN_LANES * IN_LINE) {
         bn_halves halves[BN_ROWS][IN_LINE];
 #pragma GCC unroll 4
@@ -373,8 +369,7 @@ static inline void bn_stream_four_rows(bn_row_of_halves r, ptrdiff_t row, ptrdif
                 bn_prefetch((const char *)(r.residual + BN_ROWS * i) + ahead + k * BN_LINE, BN_LINE);
             for (int j = 0; j < BN_ROWS; j++)
                 t[j] = bn_normalized(BN_AT(r.x + here, r.x_row * j), c, a, b, one);
-            if (activated)
-                bn_activate(t, BN_ROWS, r.residual ? r.residual + here : NULL, r.x_row, &r.activation);
+            bn_activate(t, BN_ROWS, &r, here, r.x_row);
             for (int j = 0; j < BN_ROWS; j++)
                 halves[j][k] = bn_to_halves(t[j]);
         }
