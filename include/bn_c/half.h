@@ -149,8 +149,8 @@ typedef uint16x4_t bn_halves;
 #define bn_floats_at vld1q_f32
 #define bn_floats_less(a, b, one) vsubq_f32(a, b)
 #define bn_if_more(a, b, yes, no) vbslq_f32(vcgtq_f32(a, b), yes, no)
-#define bn_at_least(low, t) bn_if_more(low, t, low, t)
-#define bn_at_most(high, t) bn_if_more(t, high, high, t)
+static inline bn_floats bn_at_least(bn_floats low, bn_floats t) { return bn_if_more(low, t, low, t); }
+static inline bn_floats bn_at_most(bn_floats high, bn_floats t) { return bn_if_more(t, high, high, t); }
 #endif
 
 enum { BN_ROWS = 4, BN_LANES = sizeof(bn_floats) / sizeof(float) };
@@ -182,29 +182,40 @@ static inline bn_floats bn_normalized(const uint16_t *x, bn_floats c, bn_floats 
     return bn_floats_less(bn_halves_at(x), c, one) * a + b;
 }
 
+/* What follows the formula. ReLU is half of a clip, and most of them. */
+enum { BN_AT_LEAST = BN_HARD_SWISH + 1, BN_NOTHING };
+
+static inline int bn_kind_of(const bn_row_of_halves *r)
+{
+    if (!r->residual && r->activation.kind == BN_IDENTITY)
+        return BN_NOTHING;
+    return r->activation.kind == BN_CLIP && r->activation.high == INFINITY ? BN_AT_LEAST : r->activation.kind;
+}
+
 /* n vectors, which are at element i of a row and `stride` apart, become activation(t + residual). NaN stays
  * NaN. Asked for every few vectors, what is to be done takes no time; a loop for each case would make wheels
  * too large. */
-static inline __attribute__((always_inline)) void
-bn_activate(bn_floats *t, const int n, const bn_row_of_halves *r, ptrdiff_t i, ptrdiff_t stride)
+static inline __attribute__((always_inline)) void bn_activate(bn_floats *t, const int n,
+                                                              const bn_row_of_halves *r, ptrdiff_t i,
+                                                              ptrdiff_t stride, const int kind)
 {
     const bn_activation *f = &r->activation;
-    if (!r->residual && f->kind == BN_IDENTITY)
+    if (kind == BN_NOTHING)
         return;
     if (r->residual)
         for (int j = 0; j < n; j++)
             t[j] = t[j] + bn_halves_at(BN_AT(r->residual + i, stride * j));
-    if (f->kind == BN_CLIP) {
+    if (kind == BN_AT_LEAST) {
         for (int j = 0; j < n; j++)
             t[j] = bn_at_least(bn_all(f->low), t[j]);
-        if (f->high < INFINITY)
-            for (int j = 0; j < n; j++)
-                t[j] = bn_at_most(bn_all(f->high), t[j]);
-    } else if (f->kind != BN_IDENTITY) {
+    } else if (kind == BN_CLIP) {
+        for (int j = 0; j < n; j++)
+            t[j] = bn_at_most(bn_all(f->high), bn_at_least(bn_all(f->low), t[j]));
+    } else if (kind != BN_IDENTITY) {
         const bn_floats slope = bn_all(f->slope), zero = bn_all(0), three = bn_all(3),
                         sixth = bn_all((float)(1.0 / 6.0));
         for (int j = 0; j < n; j++) {
-            if (f->kind == BN_LEAKY_RELU)
+            if (kind == BN_LEAKY_RELU)
                 t[j] = bn_if_more(t[j], zero, t[j], t[j] * slope);
             else
                 t[j] = bn_if_more(three, t[j], bn_if_more(t[j], -three, t[j] * (t[j] + three) * sixth, zero),
@@ -217,13 +228,13 @@ bn_activate(bn_floats *t, const int n, const bn_row_of_halves *r, ptrdiff_t i, p
  * own. */
 static inline __attribute__((always_inline)) bn_halves bn_normalized_at(const bn_row_of_halves *r,
                                                                         ptrdiff_t i, const float one,
-                                                                        const int step)
+                                                                        const int step, const int kind)
 {
     bn_floats t =
         step ? bn_normalized(r->x + i, bn_floats_at(r->center + i), bn_floats_at(r->scale + i),
                              bn_floats_at(r->shift + i), one)
              : bn_normalized(r->x + i, bn_all(*r->center), bn_all(*r->scale), bn_all(*r->shift), one);
-    bn_activate(&t, 1, r, i, 0);
+    bn_activate(&t, 1, r, i, 0, kind);
     return bn_to_halves(t);
 }
 
@@ -232,8 +243,8 @@ static inline __attribute__((always_inline)) bn_halves bn_normalized_at(const bn
  * Returns where it ends. */
 static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_vectors(bn_row_of_halves r, ptrdiff_t i,
                                                                             ptrdiff_t n, const float one,
-                                                                            const int step, const int stream,
-                                                                            const int rows)
+                                                                            const int step, const int kind,
+                                                                            const int stream, const int rows)
 {
     const ptrdiff_t some = rows ? BN_LANES : BN_ROWS * BN_LANES;
     const ptrdiff_t x_next = rows ? r.x_row : (ptrdiff_t)sizeof(bn_halves);
@@ -252,7 +263,7 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_vectors(bn_r
             }
             t[j] = bn_normalized(BN_AT(r.x + i, x_next * j), c, a, b, one);
         }
-        bn_activate(t, BN_ROWS, &r, i, residual_next);
+        bn_activate(t, BN_ROWS, &r, i, residual_next, kind);
         for (int j = 0; j < BN_ROWS; j++) {
             if (stream)
                 bn_stream_halves(BN_AT(r.y + i, y_next * j), bn_to_halves(t[j]));
@@ -265,11 +276,12 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_vectors(bn_r
 
 /* n elements, a vector at least. The last vector overlaps those before it, and is read before they are
  * written: y may be x or the residual. Whole lines only are streamed. */
-static inline __attribute__((always_inline)) void
-bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const float one, const int step, int stream)
+static inline __attribute__((always_inline)) void bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n,
+                                                                             const float one, const int step,
+                                                                             const int kind, int stream)
 {
     const ptrdiff_t last = n - BN_LANES;
-    const bn_halves end = bn_normalized_at(&r, last, one, step);
+    const bn_halves end = bn_normalized_at(&r, last, one, step, kind);
     ptrdiff_t i = 0, until = n;
 #if BN_STREAMS
     if (stream && (uintptr_t)r.y % sizeof(bn_halves) == 0) {
@@ -278,12 +290,12 @@ bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n, const float one, con
     }
 #endif
     for (;;) {
-        i = bn_normalize_vectors(r, i, until, one, step, 0, 0);
+        i = bn_normalize_vectors(r, i, until, one, step, kind, 0, 0);
         for (; i + BN_LANES <= until; i += BN_LANES)
-            bn_store_halves(r.y + i, bn_normalized_at(&r, i, one, step));
+            bn_store_halves(r.y + i, bn_normalized_at(&r, i, one, step, kind));
         if (until == n)
             break;
-        i = bn_normalize_vectors(r, i, n, one, step, BN_STREAMS, 0);
+        i = bn_normalize_vectors(r, i, n, one, step, kind, BN_STREAMS, 0);
         until = n;
     }
     if (i < n)
@@ -309,16 +321,23 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
 {
 #if BN_CONVERTS_HALVES
     const float one = BN_ONE;
+    const int kind = bn_kind_of(&r);
     ptrdiff_t row = 0;
     if (columns < BN_LANES)
         return 0;
     if (step && !stream && columns % 16 == 0)
         for (; row + BN_ROWS <= rows; row += BN_ROWS) {
-            bn_normalize_vectors(r, 0, columns, one, 1, 0, 1);
+            if (kind == BN_NOTHING)
+                bn_normalize_vectors(r, 0, columns, one, 1, BN_NOTHING, 0, 1);
+            else
+                bn_normalize_vectors(r, 0, columns, one, 1, kind, 0, 1);
             bn_move(&r, BN_ROWS);
         }
     for (; row < rows; row++) {
-        bn_normalize_row_of_halves(r, columns, one, step, stream);
+        if (kind == BN_NOTHING)
+            bn_normalize_row_of_halves(r, columns, one, step, BN_NOTHING, stream);
+        else
+            bn_normalize_row_of_halves(r, columns, one, step, kind, stream);
         bn_move(&r, 1);
         r.center += next;
         r.scale += next;
@@ -353,7 +372,7 @@ static inline void bn_stream_four_rows(bn_row_of_halves r, ptrdiff_t row, ptrdif
     enum { IN_LINE = BN_LINE / sizeof(bn_halves) };
     const float one = BN_ONE;
     const ptrdiff_t ahead = BN_ROWS * r.x_row > BN_NEAR ? BN_ROWS * r.x_row : BN_NEAR;
-    const int ask = r.x_row > 2 * BN_LINE;
+    const int ask = r.x_row > 2 * BN_LINE, kind = bn_kind_of(&r);
     for (ptrdiff_t i = 0; i < row; i += BN_LANES * IN_LINE) {
         bn_halves halves[BN_ROWS][IN_LINE];
 #pragma GCC unroll 4
@@ -369,7 +388,7 @@ static inline void bn_stream_four_rows(bn_row_of_halves r, ptrdiff_t row, ptrdif
                 bn_prefetch((const char *)(r.residual + BN_ROWS * i) + ahead + k * BN_LINE, BN_LINE);
             for (int j = 0; j < BN_ROWS; j++)
                 t[j] = bn_normalized(BN_AT(r.x + here, r.x_row * j), c, a, b, one);
-            bn_activate(t, BN_ROWS, &r, here, r.x_row);
+            bn_activate(t, BN_ROWS, &r, here, r.x_row, kind);
             for (int j = 0; j < BN_ROWS; j++)
                 halves[j][k] = bn_to_halves(t[j]);
         }
