@@ -53,30 +53,30 @@ static inline int32_t bn_select(int condition, int32_t yes, int32_t no)
 
 static inline float bn_float_from_half(uint16_t half)
 {
+    /* 112 = 127 - 15: the difference of the exponent biases; twice for infinity and NaN. Subnormals are 2^-14
+     * more, which is subtracted again. */
     const int32_t magnitude = half & 0x7fff;
-    /* 112 = 127 - 15: the difference of the exponent biases; twice for infinity and NaN. */
-    const int32_t normal = (magnitude << 13) + (112 << 23);
-    const int32_t special = ((magnitude << 13) + (224 << 23)) | (magnitude > 0x7c00) << 22;
-    const int32_t subnormal = (int32_t)bn_bits_from_float((float)magnitude * 0x1p-24f);
-    const int32_t finite = bn_select(magnitude < 0x0400, subnormal, normal);
-    const int32_t bits = bn_select(magnitude < 0x7c00, finite, special);
-    return bn_float_from_bits((uint32_t)bits | (uint32_t)(half & 0x8000) << 16);
+    const int32_t special = -(magnitude > 0x7bff) & (112 << 23), subnormal = -(magnitude < 0x0400);
+    const int32_t bits = (magnitude << 13) + (112 << 23) + special + (subnormal & (1 << 23));
+    const float value =
+        bn_float_from_bits((uint32_t)bits) - bn_float_from_bits((uint32_t)(subnormal & (113 << 23)));
+    return bn_float_from_bits(bn_bits_from_float(value) | (uint32_t)(half & 0x8000) << 16);
 }
 
 static inline uint32_t bn_half_from_float(float value)
 {
     const uint32_t bits = bn_bits_from_float(value);
     const int32_t magnitude = (int32_t)(bits & 0x7fffffff);
+    const float absolute = bn_float_from_bits((uint32_t)magnitude);
+    /* From 2^16 on it is infinity. */
+    const int32_t limited = (int32_t)bn_bits_from_float(absolute < 0x1p16f ? absolute : 0x1p16f);
     /* 0xfff plus the last kept bit, then cut: to nearest, ties to even. Carries overflow to infinity. */
-    const int32_t normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const int32_t normal = (limited - (112 << 23) + 0xfff + ((limited >> 13) & 1)) >> 13;
     /* Added to 0.5, whose last bit is worth 2^-24, a magnitude below 2^-14 is rounded by the adder. */
-    const int is_small = magnitude < 0x38800000;
-    const float small = bn_float_from_bits((uint32_t)(magnitude & -is_small));
-    const int32_t subnormal = (int32_t)bn_bits_from_float(small + 0.5f) - 0x3f000000;
-    const int32_t special = bn_select(magnitude > 0x7f800000, 0x7e00 | ((magnitude >> 13) & 0x1ff), 0x7c00);
-    const int32_t finite = bn_select(is_small, subnormal, normal);
-    const int32_t half = bn_select(magnitude < 0x47800000, finite, special);
-    return (uint32_t)half | (bits >> 16 & 0x8000);
+    const int32_t subnormal = (int32_t)bn_bits_from_float(absolute + 0.5f) - 0x3f000000;
+    const int32_t half = bn_select(magnitude < 0x38800000, subnormal, normal);
+    const int32_t nan = -(magnitude > 0x7f800000) & (0x0200 | (magnitude >> 13 & 0x1ff));
+    return (uint32_t)(half | nan) | (bits >> 16 & 0x8000);
 }
 
 static inline void bn_floats_from_halves(const uint16_t *halves, float *floats, ptrdiff_t n)
