@@ -274,15 +274,20 @@ static inline __attribute__((always_inline)) ptrdiff_t bn_normalize_vectors(bn_r
     return i;
 }
 
-/* n elements, a vector at least. The last vector overlaps those before it, and is read before they are
- * written: y may be x or the residual. Whole lines only are streamed. */
+/* n elements, a vector at least. The last vector overlaps those before it, and where y is x or the residual
+ * it is read before they are written: not otherwise, as CPUs would not see memory coming any more (1.5 x).
+ * Whole lines only are streamed. */
 static inline __attribute__((always_inline)) void bn_normalize_row_of_halves(bn_row_of_halves r, ptrdiff_t n,
                                                                              const float one, const int step,
                                                                              const int kind, int stream)
 {
     const ptrdiff_t last = n - BN_LANES;
-    const bn_halves end = bn_normalized_at(&r, last, one, step, kind);
+    const int early = n % BN_LANES && (r.y == r.x || r.y == r.residual);
     ptrdiff_t i = 0, until = n;
+    bn_halves end;
+    memset(&end, 0, sizeof end);
+    if (early)
+        end = bn_normalized_at(&r, last, one, step, kind);
 #if BN_STREAMS
     if (stream && (uintptr_t)r.y % sizeof(bn_halves) == 0) {
         until = -(uintptr_t)r.y % BN_LINE / sizeof *r.y;
@@ -299,7 +304,7 @@ static inline __attribute__((always_inline)) void bn_normalize_row_of_halves(bn_
         until = n;
     }
     if (i < n)
-        bn_store_halves(r.y + last, end);
+        bn_store_halves(r.y + last, early ? end : bn_normalized_at(&r, last, one, step, kind));
 }
 
 static inline void bn_move(bn_row_of_halves *r, ptrdiff_t rows)
