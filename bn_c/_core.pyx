@@ -27,9 +27,9 @@ from bn_c cimport (
 )
 from bn_c._layout cimport (
     CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, UINT8, UINT16,
-    CHANNELS, Activation, Coefficients, Images, Job, Kernels, Operand,
-    is_planes, lay_out, longest_loop, loop_length, magnitude, merge_moments, outer_in_plane, size_of, size_of_type, take,
-    take_channels, widest_loop,
+    CENTERS, CHANNELS, MOMENTS, SUMS, Activation, Coefficients, Images, Job, Kernels, Operand, Statistic,
+    is_float, is_planes, lay_out, longest_loop, loop_length, m2_of, magnitude, merge_moments, most_off, outer_in_plane,
+    size_of, size_of_type, take, take_channels, widest_loop,
 )
 
 import numpy as np
@@ -86,7 +86,7 @@ cdef enum:
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
     PIECES_OF_HALVES = 16       # to sample one costs a tenth of adding it, if they come from memory
-    ROWS = 1 << 12              # of a channel, from which on two halves of one are: samples are a small part of them
+    ROWS = 1 << 10              # of a channel, from which on its sums are taken of two halves: samples are a small part
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
     COLUMNS = 64                # channels of rows, at least, whose statistics one thread takes: whole cache lines
     UNIT = 1 << 18              # bytes of channels that are normalised while they are still in the second cache
@@ -543,17 +543,18 @@ cdef Activation as_activation(activation):
 
 cdef enum Task:
     NORMALIZE       # y of folded statistics
-    MOMENTS         # the statistics
+    STATISTICS      # `statistic`
     BOTH            # the statistics, then y, of some channels at a time
 
 
 cdef struct Work:
     int task
     Job job                 # of NORMALIZE and BOTH
-    Job statistics          # of MOMENTS and BOTH: x laid out by itself, so that their bits depend on x alone
-    double *mean            # of MOMENTS
-    double *m2              # of MOMENTS and BOTH
-    Py_ssize_t counted      # of MOMENTS: elements of each channel that the mask did not leave out
+    Job statistics          # of STATISTICS and BOTH: x laid out by itself, so that their bits depend on x alone
+    Statistic statistic     # of STATISTICS
+    double *mean            # of STATISTICS
+    double *m2              # of STATISTICS and BOTH
+    Py_ssize_t counted      # of STATISTICS: elements of each channel that the mask did not leave out
     double count            # of BOTH: the same, beforehand
     double eps
 
@@ -584,7 +585,7 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         statistics = work.statistics
         take_channels(&unit, start, stop)
         take_channels(&statistics, start, stop)
-        kernels.moments(&statistics, unit.coefficients.mean, work.m2 + start)
+        kernels.moments(&statistics, MOMENTS, unit.coefficients.mean, work.m2 + start)
         if step < work.job.channels:
             unit.far = False                # the statistics have just read it
         fold_moments(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
@@ -597,8 +598,8 @@ cdef void run(Work *work) noexcept nogil:
     bn_fp_enter(&state)
     if work.task == NORMALIZE:
         kernels.normalize(&work.job)
-    elif work.task == MOMENTS:
-        work.counted = kernels.moments(&work.statistics, work.mean, work.m2)
+    elif work.task == STATISTICS:
+        work.counted = kernels.moments(&work.statistics, work.statistic, work.mean, work.m2)
     else:
         normalize_units(work)
     bn_fp_leave(&state)
@@ -758,15 +759,15 @@ cdef class Helper:
 
 cdef Work part_of_work(const Work *work, int loop, Py_ssize_t index, Py_ssize_t count) noexcept nogil:
     cdef Work part = work[0]
-    cdef Py_ssize_t length = loop_length(&work.statistics if work.task == MOMENTS else &work.job, loop)
+    cdef Py_ssize_t length = loop_length(&work.statistics if work.task == STATISTICS else &work.job, loop)
     cdef Py_ssize_t start = index * length // count, stop = (index + 1) * length // count
-    if work.task != MOMENTS:
+    if work.task != STATISTICS:
         take(&part.job, loop, start, stop)
     if work.task != NORMALIZE:
         take(&part.statistics, loop, start, stop)
     if loop == CHANNELS and work.task != NORMALIZE:
         part.m2 += start
-    if loop == CHANNELS and work.task == MOMENTS:
+    if loop == CHANNELS and work.task == STATISTICS:
         part.mean += start
     return part
 
@@ -821,7 +822,7 @@ cdef Py_ssize_t count_parts(const Job *job, int loop, Py_ssize_t threads) noexce
 cdef int run_parts(Work *work, int loop, int passes, int threads) except -1:
     """Runs all of the work, of a call with so many passes over x; with several threads, in parts of one of its loops.
     0 threads are the default's."""
-    cdef const Job *job = &work.statistics if work.task == MOMENTS else &work.job
+    cdef const Job *job = &work.statistics if work.task == STATISTICS else &work.job
     cdef Py_ssize_t size = size_of(job) * passes, count
     if threads == 0:
         threads = _threads.get_num_threads() if size >= parallel_from // 2 else 1
@@ -836,8 +837,14 @@ cdef int run_parts(Work *work, int loop, int passes, int threads) except -1:
     return 0
 
 
+cdef bint in_halves(const Job *statistics) noexcept nogil:
+    """Whether the sums of each channel are those of two halves, about the same center: too small for two samples."""
+    cdef Py_ssize_t size = size_of(statistics)
+    return not is_planes(statistics) and PIECE <= size < 2 * PIECE and size // statistics.channels >= ROWS
+
+
 cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
-    """How many pieces of its longest loop have statistics of their own, however many threads there are.
+    """How many pieces of its longest loop are computed on their own, however many threads there are.
 
     Many planes are independent channels. Rows, and few planes, are cut into pieces, whose moments are merged in
     order: the bits depend on the arrays alone. A power of two of them is for as many threads, most often.
@@ -846,12 +853,20 @@ cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
     cdef Py_ssize_t pieces = min(<Py_ssize_t> (PIECES_OF_HALVES if statistics.x.type == FLOAT16 else PIECES), size // PIECE)
     if is_planes(statistics):
         return 1
-    if pieces == 1 and size // statistics.channels >= ROWS:
-        pieces = 2
+    if in_halves(statistics):
+        return 2
     pieces = min(pieces, loop_length(statistics, longest_loop(statistics)))
     while pieces & (pieces - 1):
         pieces &= pieces - 1
     return max(pieces, <Py_ssize_t> 1)
+
+
+cdef Work piece_of_work(const Work *work, Py_ssize_t index, Py_ssize_t pieces, double *found) noexcept nogil:
+    """What it finds comes into `found`, two numbers for each channel."""
+    cdef Work piece = part_of_work(work, longest_loop(&work.statistics), index, pieces)
+    piece.mean = found
+    piece.m2 = found + work.statistics.channels
+    return piece
 
 
 cdef void merge_piece(Work *work, const Work *piece) noexcept nogil:
@@ -869,43 +884,85 @@ cdef void merge_piece(Work *work, const Work *piece) noexcept nogil:
     bn_fp_leave(&state)
 
 
-cdef void run_pieces(Work *work, Py_ssize_t pieces, double *scratch) noexcept nogil:
-    """The statistics, piece by piece; `scratch` is for the means and m2 of one."""
-    cdef Work piece
+cdef void begin_halves(Work *work, Work *halves) noexcept nogil:
+    cdef int half
+    work.statistic = CENTERS
+    run(work)
+    for half in range(2):
+        halves[half].statistic = SUMS
+        memcpy(halves[half].mean, work.mean, work.statistics.channels * sizeof(double))
+
+
+cdef void end_halves(Work *work, const Work *halves) noexcept nogil:
+    """The moments of both, or of all again if the centers were too far off."""
+    cdef Py_ssize_t c
+    cdef bint exact = not is_float(work.statistics.x.type), found = True
+    cdef bn_fp_state state
+    work.counted = halves[0].counted + halves[1].counted
+    bn_fp_enter(&state)
+    for c in range(work.statistics.channels):
+        work.m2[c] = m2_of(
+            halves[0].mean[c] + halves[1].mean[c], halves[0].m2[c] + halves[1].m2[c], work.counted, work.mean[c],
+            exact, most_off(exact), &work.mean[c])
+        found &= work.m2[c] == work.m2[c]
+    bn_fp_leave(&state)
+    work.statistic = MOMENTS
+    if not found:
+        run(work)
+
+
+cdef void run_pieces(Work *work, Py_ssize_t pieces, double *found) noexcept nogil:
+    """The statistics, piece by piece; `found` is for what two of them find."""
+    cdef Py_ssize_t index
+    cdef Work[2] piece
+    if in_halves(&work.statistics):
+        for index in range(2):
+            piece[index] = piece_of_work(work, index, 2, found + index * 2 * work.statistics.channels)
+        begin_halves(work, piece)
+        run(&piece[0])
+        run(&piece[1])
+        end_halves(work, piece)
+        return
+    for index in range(pieces):
+        piece[0] = piece_of_work(work, index, pieces, found)
+        run(piece)
+        merge_piece(work, piece)
+
+
+cdef int run_pieces_in_threads(Work *work, Py_ssize_t pieces, int threads) except -1:
+    cdef double[:, ::1] found = np.empty((pieces, 2 * work.statistics.channels))
+    cdef Works parts = Works.__new__(Works, pieces)
     cdef Py_ssize_t index
     for index in range(pieces):
-        piece = part_of_work(work, longest_loop(&work.statistics), index, pieces)
-        piece.mean = scratch
-        piece.m2 = scratch + work.statistics.channels
-        run(&piece)
-        merge_piece(work, &piece)
+        parts.works[index] = piece_of_work(work, index, pieces, &found[index, 0])
+    if in_halves(&work.statistics):
+        begin_halves(work, parts.works)
+        _threads.run(parts, threads)
+        end_halves(work, parts.works)
+        return 0
+    _threads.run(parts, threads)
+    for index in range(pieces):
+        merge_piece(work, &parts.works[index])
+    return 0
 
 
 cdef int run_moments(Work *work, double *mean, double *m2, int passes, int threads) except -1:
     """The statistics, by a call with so many passes over x."""
-    cdef const Job *job = &work.statistics
-    cdef Py_ssize_t pieces = pieces_of(job), index
-    cdef double[:, :, ::1] moments
-    cdef Works parts
-    work.task = MOMENTS
+    cdef Py_ssize_t pieces = pieces_of(&work.statistics)
+    cdef double[::1] found
+    work.task = STATISTICS
+    work.statistic = MOMENTS
     work.mean = mean
     work.m2 = m2
     work.counted = 0
     if pieces < 2:
         run_parts(work, CHANNELS, passes, threads)
-    elif threads > 1 and repays_threads(size_of(job) * passes):
-        moments = np.empty((pieces, 2, job.channels))
-        parts = parts_of(work, longest_loop(job), pieces)
-        for index in range(pieces):
-            parts.works[index].mean = &moments[index, 0, 0]
-            parts.works[index].m2 = &moments[index, 1, 0]
-        _threads.run(parts, threads)
-        for index in range(pieces):
-            merge_piece(work, &parts.works[index])
+    elif threads > 1 and repays_threads(size_of(&work.statistics) * passes):
+        run_pieces_in_threads(work, pieces, threads)
     else:
-        moments = np.empty((1, 2, job.channels))
+        found = np.empty(4 * work.statistics.channels)
         with nogil:
-            run_pieces(work, pieces, &moments[0, 0, 0])
+            run_pieces(work, pieces, &found[0])
     return 0
 
 
@@ -1459,7 +1516,7 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
     cdef Work work
     cdef Job *job = &work.statistics
     cdef Py_ssize_t channels, pieces
-    cdef double *scratch = NULL
+    cdef double *found = NULL
     cdef int at, error
     if count == NULL or mean == NULL or m2 == NULL:
         return BN_NULL
@@ -1480,19 +1537,20 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
     lay_out_statistics(job, &arrays, at, arrays.x.len)
     pieces = pieces_of(job)
     if pieces > 1:
-        scratch = <double *> malloc(2 * channels * sizeof(double))
-        if scratch == NULL:
+        found = <double *> malloc(4 * channels * sizeof(double))
+        if found == NULL:
             return BN_NO_MEMORY
     count[0] = elements(&arrays.x) // channels
-    work.task = MOMENTS
+    work.task = STATISTICS
+    work.statistic = MOMENTS
     work.mean = mean
     work.m2 = m2
     work.counted = 0
     if pieces == 1:
         run(&work)
     else:
-        run_pieces(&work, pieces, scratch)
-        free(scratch)
+        run_pieces(&work, pieces, found)
+        free(found)
     return BN_OK
 
 

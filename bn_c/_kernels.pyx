@@ -21,15 +21,15 @@
 # d. Literal arguments of inlined functions make one loop for each case out of one source. `apart` tells the compiler
 #    that y overlaps nothing, which makes rows of channels 1.3 x faster; in place, x is read through y.
 
-from libc.math cimport INFINITY, fabs, sqrt
+from libc.math cimport INFINITY, fabs, isfinite, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
 from libc.string cimport memcpy, memset
 
 from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
-    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, LEAKY_RELU, UINT8, UINT16,
-    MAX_NDIM, Activation, Coefficients, Job, Kernels, Operand, magnitude, outer_in_plane, size_of_type,
+    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, MOMENTS, SUMS, UINT8, UINT16,
+    Activation, Coefficients, Job, Kernels, Operand, Statistic, is_float, m2_of, magnitude, most_off, outer_in_plane, size_of_type,
 )
 from bn_c._images cimport normalize_images
 
@@ -1136,10 +1136,6 @@ cdef struct View:
     Positions mask                  # data NULL: every element counts
 
 
-cdef inline bint is_float(int type) noexcept nogil:
-    return type == FLOAT32 or type == FLOAT16
-
-
 cdef inline inlined add_eight(
     const float *a, Py_ssize_t stride, Py_ssize_t columns, const float *center,
     double *deviations, double *squares, bint squared, float one,
@@ -1205,17 +1201,19 @@ cdef inline inlined add_block(
                 squares[c] += <double> (d0 * d0)
 
 
-cdef seldom add_block_wide(
+cdef widest add_block_wide(
     const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const double *center, Sums *sums,
 ) noexcept nogil:
     """The same in double."""
+    cdef double *deviations = sums.deviations
+    cdef double *squares = sums.squares
     cdef Py_ssize_t row, c
     cdef double d
     for row in range(rows):
         for c in range(columns):
             d = x[row * stride + c] - center[c]
-            sums.deviations[c] += d
-            sums.squares[c] += d * d
+            deviations[c] += d
+            squares[c] += d * d
 
 
 cdef widest add_squares(
@@ -1314,61 +1312,45 @@ cdef void add_strips(
             left -= COLUMNS
 
 
-cdef inline double m2_of(double deviations, double squares, double n, double center, double *mean) noexcept nogil:
-    """The mean and, returned, m2 of sums in float. NaN if they do not tell it. Without branches, to be vectorised."""
-    cdef double off = deviations / n
-    cdef double shifted = n * (off * off)
-    cdef double m2 = squares - shifted if squares > shifted else 0
-    # Squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite; a center far from the mean cancels.
-    m2 = m2 if (squares >= 1e-30) & (squares <= 1e37) & (shifted <= squares / 16) else NOT_A_NUMBER
-    mean[0] = center + off
-    # Any other float near such a center would have left a square.
-    return 0 if (squares == 0) & (fabs(center) >= 1e-14) else m2
-
-
-cdef inline double center_of(double mean, double value) noexcept nogil:
+cdef inline double center_of(double mean, double value, bint whole) noexcept nogil:
     """A float near the mean of a sample, whatever that was: some value of the channel and a step of five bits from it.
 
-    So the deviations of data of few bits have few bits, and their squares and sums are exact.
+    So the deviations of data of few bits have few bits, and their squares and sums are exact. Those of integers always
+    are, about a whole number.
     """
     cdef double step = mean - value
     cdef double shifted = step * (<double> (<long long> 1 << 48) + 1)
+    cdef double near = mean + <double> (<long long> 3 << 51)
     step = shifted - (shifted - step)
     mean = value + step if fabs(step) <= 1e37 else mean
+    mean = near - <double> (<long long> 3 << 51) if whole else mean
     return <float> mean if fabs(mean) <= 1e37 else 0
 
 
-cdef bint found_all(const Sums *sums, double n, Py_ssize_t channels, double *center, double *mean, double *m2) noexcept nogil:
-    """The moments of the channels whose m2 is not known yet; whether all are now. The centers become the means."""
+cdef bint found_all(
+    const Sums *sums, double n, Py_ssize_t channels, const double *center, bint exact, double most, double *mean, double *m2,
+) noexcept nogil:
+    """The moments of the channels whose m2 is not known yet; whether all are now."""
     cdef Py_ssize_t c
     cdef double found, mean_found
     cdef bint unsafe = False, unknown
     for c in range(channels):
-        found = m2_of(sums.deviations[c], sums.squares[c], n, center[c], &mean_found)
+        found = m2_of(sums.deviations[c], sums.squares[c], n, center[c], exact, most, &mean_found)
         unknown = m2[c] != m2[c]
         mean[c] = mean_found if unknown else mean[c]
         m2[c] = found if unknown else m2[c]
     for c in range(channels):
-        center[c] = <float> mean[c]
         unsafe |= m2[c] != m2[c]
     return not unsafe
 
 
-cdef void begin_at(
-    const Sums *sums, double n, Py_ssize_t channels, const float *values, double *center,
-) noexcept nogil:
-    """The centers, from sums of a sample and the first value of each channel."""
+cdef bint may_be_found(const Sums *sums, Py_ssize_t channels, const double *m2) noexcept nogil:
+    """Whether other centers may tell more of what is unknown: of zeros, and what is nearly 0, none does."""
     cdef Py_ssize_t c
+    cdef bint may = False
     for c in range(channels):
-        center[c] = center_of(sums.deviations[c] / n, values[c])
-
-
-cdef double wide_m2_of(double deviations, double squares, double n, double center, double *mean) noexcept nogil:
-    """The same of sums in double, which are about the mean itself; where that is infinite, so are they."""
-    cdef double off = deviations / n
-    cdef double shifted = n * (off * off)
-    mean[0] = center + off if off - off == 0 else center
-    return squares - shifted if squares > shifted else (0 if squares == squares else squares)
+        may |= (m2[c] != m2[c]) & (sums.squares[c] != 0)
+    return may
 
 
 cdef void begin(const View *view, Sum kind, const double *center, Centers *centers, Sums *sums) noexcept nogil:
@@ -1663,39 +1645,46 @@ cdef View windows_of(const View *planes, Thinned *outer) noexcept nogil:
 
 
 cdef Py_ssize_t view_moments(
-    const View *view, const View *rest, const View *sample, double *mean, double *m2,
+    const View *view, const View *rest, const View *sample, Statistic statistic, double *mean, double *m2,
 ) noexcept nogil:
     cdef Sums sums
     cdef double[2 * WIDEST + LINE] storage
     cdef double[WIDEST] center
     cdef float[WIDEST] values
+    cdef bint whole = not is_float(view.type), exact
+    cdef Sum kind = WIDE if view.type == UINT16 or view.type == INT16 else SQUARES
+    cdef double most
+    cdef int attempt = 0
     cdef Py_ssize_t c, n
-    cdef int _attempt
     sums.deviations = <double *> whole_lines(<float *> storage)
     sums.squares = sums.deviations + WIDEST
-    for c in range(view.channels):
-        center[c] = mean[c] = 0
-        m2[c] = NOT_A_NUMBER
-    if is_float(view.type):
-        n = add_all(sample, NULL, DEVIATIONS, center, &sums)
-        if view.mask.data == NULL:
-            load(view.type, view.x.data, 0, view.x.channel, values, 1, view.channels)
-        else:
-            memset(values, 0, view.channels * sizeof(float))
-        begin_at(&sums, n, view.channels, values, center)
-        for _attempt in range(2):
-            n = add_all(view, rest, SQUARES, center, &sums)
-            if n == 0 or found_all(&sums, n, view.channels, center, mean, m2):
-                return n
+    if statistic == SUMS:
+        memcpy(center, mean, view.channels * sizeof(double))
+        n = add_all(view, rest, kind, center, &sums)
+        memcpy(mean, sums.deviations, view.channels * sizeof(double))
+        memcpy(m2, sums.squares, view.channels * sizeof(double))
+        return n
     for c in range(view.channels):
         center[c] = 0
-    n = add_all(view, rest, WIDE, center, &sums)
+        m2[c] = NOT_A_NUMBER
+    n = add_all(sample, NULL, DEVIATIONS, center, &sums)
+    if view.mask.data == NULL:
+        load(view.type, view.x.data, 0, view.x.channel, values, 1, view.channels)
+    else:
+        memset(values, 0, view.channels * sizeof(float))
     for c in range(view.channels):
-        center[c] = sums.deviations[c] / n
-    n = add_all(view, rest, WIDE, center, &sums)
-    for c in range(view.channels if n > 0 else 0):
-        if m2[c] != m2[c]:
-            m2[c] = wide_m2_of(sums.deviations[c], sums.squares[c], n, center[c], &mean[c])
+        center[c] = mean[c] = center_of(sums.deviations[c] / n, values[c], whole)
+    while statistic == MOMENTS:
+        if attempt >= 2:
+            kind = WIDE
+        exact = whole or kind == WIDE
+        most = 2 if attempt == 3 else most_off(exact)
+        n = add_all(view, rest, kind, center, &sums)
+        if n == 0 or found_all(&sums, n, view.channels, center, exact, most, mean, m2) or attempt == 3:
+            break
+        attempt = attempt + 1 if attempt > 0 or may_be_found(&sums, view.channels, m2) else 2
+        for c in range(view.channels):
+            center[c] = center_of(mean[c], mean[c], whole) if attempt == 1 else mean[c] if isfinite(mean[c]) else 0
     return n
 
 
@@ -1730,7 +1719,7 @@ cdef inline Py_ssize_t read_together(const Job *job) noexcept nogil:
     return max(<Py_ssize_t> 1, min(<Py_ssize_t> WIDEST // COLUMNS, (2 * GROUP if job.far else GROUP) // bytes))
 
 
-cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil:
+cdef Py_ssize_t moments(const Job *job, Statistic statistic, double *mean, double *m2) noexcept nogil:
     """The elements of each channel that count; their mean, and the sum of their squared deviations from it."""
     cdef View planes = view_of(job), view = planes, rest = planes, sample
     cdef Thinned thinned_outer
@@ -1769,7 +1758,7 @@ cdef Py_ssize_t moments(const Job *job, double *mean, double *m2) noexcept nogil
         sample = sample_of(&view, &thinned_outer)
     while first < job.channels:
         view.channels = rest.channels = sample.channels = min(most, job.channels - first)
-        n = view_moments(&view, left_over, &sample, mean + first, m2 + first)
+        n = view_moments(&view, left_over, &sample, statistic, mean + first, m2 + first)
         first += most
         view.x.data += most * job.x.channel
         rest.x.data += most * job.x.channel

@@ -9,6 +9,8 @@ d. A part of the work is a job too: the same loops over fewer channels, rows or 
    Threads and blocks are made that way, and the kernels need not know of either.
 """
 
+from libc.math cimport NAN, fabs
+
 from bn_c cimport (
     BN_CLIP as CLIP, BN_FLOAT16 as FLOAT16, BN_FLOAT32 as FLOAT32, BN_HARD_SWISH as HARD_SWISH,
     BN_IDENTITY as IDENTITY, BN_INT8 as INT8, BN_INT16 as INT16, BN_LEAKY_RELU as LEAKY_RELU,
@@ -68,11 +70,18 @@ cdef struct Images:
     bint in_table                   # scale and shift do not give what is in the table
     const char *table               # 256 values for each channel; none of floats
 
+# What `moments` finds of each channel, in `mean` and `m2`.
+cdef enum Statistic:
+    MOMENTS         # what these say
+    CENTERS         # mean: a float near it, from a sample
+    SUMS            # of deviations from that, in its place, and of their squares
+
 # The loops of one instruction set.
 cdef struct Kernels:
     bint streams                    # it has stores that go past the caches
     void (*normalize)(const Job *job) noexcept nogil
-    Py_ssize_t (*moments)(const Job *job, double *mean, double *m2) noexcept nogil
+    # Returns how many elements of each channel count.
+    Py_ssize_t (*moments)(const Job *job, Statistic statistic, double *mean, double *m2) noexcept nogil
     # var may be coefficients.std itself.
     void (*fold)(Coefficients *coefficients, Py_ssize_t channels, const double *var, double eps) noexcept nogil
     void (*images)(const Images *images) noexcept nogil
@@ -228,6 +237,32 @@ cdef inline void take(Job *job, int loop, Py_ssize_t start, Py_ssize_t stop) noe
         shift(&job.residual, job.residual.outer[0], start)
         job.outer = job.outer // job.outer_shape[0] * (stop - start)
         job.outer_shape[0] = stop - start
+
+
+cdef inline bint is_float(int type) noexcept nogil:
+    return type == FLOAT32 or type == FLOAT16
+
+
+cdef inline double most_off(bint exact) noexcept nogil:
+    """For `m2_of`: what cancels of sums in float costs accuracy; that of sums without errors hardly does."""
+    return 0.75 if exact else 0.0625
+
+
+cdef inline double m2_of(
+    double deviations, double squares, double n, double center, bint exact, double most, double *mean,
+) noexcept nogil:
+    """The mean and, returned, m2 of sums about a center, or NaN if they do not tell it: if more than `most` of the
+    squares are what the center is off, and cancel. Without branches, to be vectorised."""
+    cdef double off = deviations / n
+    cdef double shifted = n * (off * off)
+    cdef double m2 = squares - shifted if squares > shifted else 0
+    # In float, squares below 1e-30 could have gone subnormal, a sum above 1e37 infinite.
+    cdef double low = 0 if exact else 1e-30
+    cdef double high = 1e300 if exact else 1e37
+    m2 = m2 if (squares >= low) & (squares <= high) & (shifted <= squares * most) else NAN
+    mean[0] = center + off
+    # Any other float near such a center would have left a square.
+    return 0 if (squares == 0) & (fabs(center) >= 1e-14) else m2
 
 
 cdef inline void merge_moments(
