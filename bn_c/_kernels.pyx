@@ -28,8 +28,9 @@ from libc.string cimport memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
-    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, MOMENTS, SUMS, UINT8, UINT16,
+    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, CENTERS, MOMENTS, SUMS, UINT8, UINT16,
     Activation, Coefficients, Job, Kernels, Operand, Statistic, is_float, m2_of, magnitude, most_off, outer_in_plane, size_of_type,
+    take_channels,
 )
 from bn_c._images cimport normalize_images
 
@@ -130,6 +131,10 @@ cdef enum Sum:
     WIDE            # double
 
 cdef float NOT_A_NUMBER = float("nan")
+# (x - ZERO) * ONE + NO_SHIFT = x, -0 too
+cdef float ZERO = 0
+cdef float ONE = 1
+cdef float NO_SHIFT = -0.0
 
 
 # ---- loading and storing: any type and strides, to and from a buffer of floats ----------------------
@@ -195,13 +200,13 @@ cdef inline void load_numbers(
 ) noexcept nogil:
     # Strides that are known when this is compiled are vectorised; those of integers made wheels too large.
     if stride == <Py_ssize_t> sizeof(number):
-        if columns == 3:
+        if (number is uint8_t or number is float or loaded is uint16_t) and columns == 3:
             load_grid(source, row_stride, sizeof(number), to, rows, 3)
         else:
             load_grid(source, row_stride, sizeof(number), to, rows, columns)
     elif (number is float or loaded is uint16_t) and stride == 2 * <Py_ssize_t> sizeof(number):
         load_grid(source, row_stride, 2 * <Py_ssize_t> sizeof(number), to, rows, columns)
-    elif stride == -<Py_ssize_t> sizeof(number):
+    elif (number is uint8_t or number is float or loaded is uint16_t) and stride == -<Py_ssize_t> sizeof(number):
         load_grid(source, row_stride, -<Py_ssize_t> sizeof(number), to, rows, columns)
     else:
         load_grid(source, row_stride, stride, to, rows, columns)
@@ -634,22 +639,26 @@ cdef Py_ssize_t normalize_halves(
     return bn_normalize_halves(first, rows, columns, 0, next_channel, stream)
 
 
-cdef seldom normalize_wide(
-    const float *x, const float *residual, float *y, Py_ssize_t n,
-    const Coefficients *k, Py_ssize_t first, Py_ssize_t step, const Activation *activation,
+cdef once normalize_wide(
+    const float *x, apart y, Py_ssize_t n, const Coefficients *k, Py_ssize_t first, int step,
 ) noexcept nogil:
-    """The formula in double for the channels that need it, the same float loop for the others."""
-    cdef Py_ssize_t i, c
+    """The formula in double, without what is added and activated, for one channel, or for those of a row that need it."""
+    cdef Py_ssize_t i
+    cdef const float *center = k.center + first
+    cdef const float *scale = k.scale + first
+    cdef const float *shift = k.shift + first
+    cdef const double *mean = k.mean + first
+    cdef const double *std = k.std + first
+    cdef const double *gamma = k.gamma + first
+    cdef const double *beta = k.beta + first
     cdef float t
+    if step == 0:
+        for i in range(n):
+            y[i] = <float> (gamma[0] * ((<double> x[i] - mean[0]) / std[0]) + beta[0])
+        return
     for i in range(n):
-        c = first + i * step
-        if k.scale[c] == k.scale[c]:
-            t = (x[i] - k.center[c]) * k.scale[c] + k.shift[c]
-        else:
-            t = <float> (k.gamma[c] * ((<double> x[i] - k.mean[c]) / k.std[c]) + k.beta[c])
-        if residual != NULL:
-            t = t + residual[i]
-        y[i] = activated(t, activation.kind, activation.low, activation.high, activation.slope)
+        t = <float> (gamma[i] * ((<double> x[i] - mean[i]) / std[i]) + beta[i])
+        y[i] = (x[i] - center[i]) * scale[i] + shift[i] if scale[i] == scale[i] else t
 
 
 cdef inline void move(Place *at, const Steps *step, Py_ssize_t n) noexcept nogil:
@@ -822,6 +831,7 @@ cdef void normalize_chunk(
     """rows x columns elements, CHUNK at most. Their channels begin at `first`."""
     cdef float[CHUNK + PAGE] storage
     cdef float[CHUNK + LINE] residual_storage
+    cdef float[CHUNK] wide
     cdef float *buffer = away_from(at.x, storage)
     cdef float *added = whole_lines(residual_storage)
     cdef const float *x = <const float *> at.x
@@ -839,7 +849,8 @@ cdef void normalize_chunk(
         load(job.x.type, at.x, walk.row.x, walk.element.x, buffer, rows, columns)
         x = buffer
     if job.coefficients.wide:
-        normalize_wide(x, residual, y, columns, &job.coefficients, first, walk.step, &job.activation)
+        normalize_wide(x, wide, columns, &job.coefficients, first, walk.step)
+        normalize_floats(wide, residual, y, columns, &loop.rows, &ZERO, &ONE, &NO_SHIFT, 0, &job.activation)
     else:
         normalize_floats(x, residual, y, rows * columns, &loop.rows, center, scale, shift, walk.step, &job.activation)
     if not loop.out:
@@ -1081,7 +1092,8 @@ cdef inline Py_ssize_t short_plane(const Job *job) noexcept nogil:
     return 4 * FEW if job.inner % LANES != 0 and job.outer >= 8 and not job.far and not job.stream else 2 * FEW
 
 
-cdef void normalize(const Job *job) noexcept nogil:
+cdef void normalize_alike(const Job *job) noexcept nogil:
+    """Rows, or planes of channels that are all computed in double, or none of them."""
     cdef bint joined = planes_join(&job.x, job.inner) and planes_join(&job.out, job.inner) \
         and planes_join(&job.residual, job.inner)
     if job.channels_last:
@@ -1090,6 +1102,26 @@ cdef void normalize(const Job *job) noexcept nogil:
         normalize_short_planes(job)
     else:
         normalize_planes(job)
+
+
+cdef inline bint is_wide(const Job *job, Py_ssize_t channel) noexcept nogil:
+    return job.coefficients.scale[channel] != job.coefficients.scale[channel]
+
+
+cdef void normalize(const Job *job) noexcept nogil:
+    cdef Job part = job[0]
+    cdef Py_ssize_t start = 0, stop = job.channels
+    cdef bint mixed = job.coefficients.wide and not job.channels_last
+    while start < job.channels:
+        if mixed:
+            stop = start + 1
+            while stop < job.channels and is_wide(job, stop) == is_wide(job, start):
+                stop += 1
+            part = job[0]
+            part.coefficients.wide = is_wide(job, start)
+            take_channels(&part, start, stop)
+        normalize_alike(&part)
+        start = stop
     if job.stream:
         bn_stream_end()
 
@@ -1312,19 +1344,26 @@ cdef void add_strips(
             left -= COLUMNS
 
 
-cdef inline double center_of(double mean, double value, bint whole) noexcept nogil:
-    """A float near the mean of a sample, whatever that was: some value of the channel and a step of five bits from it.
+cdef once choose_centers(
+    const double *mean, const float *values, Py_ssize_t channels, bint whole, double *center,
+) noexcept nogil:
+    """A float near each mean, which is that of a sample, whatever it was: some value of the channel and a step of five
+    bits from it.
 
     So the deviations of data of few bits have few bits, and their squares and sums are exact. Those of integers always
     are, about a whole number.
     """
-    cdef double step = mean - value
-    cdef double shifted = step * (<double> (<long long> 1 << 48) + 1)
-    cdef double near = mean + <double> (<long long> 3 << 51)
-    step = shifted - (shifted - step)
-    mean = value + step if fabs(step) <= 1e37 else mean
-    mean = near - <double> (<long long> 3 << 51) if whole else mean
-    return <float> mean if fabs(mean) <= 1e37 else 0
+    cdef double halfway = <double> (<long long> 3 << 51)    # to it whole numbers are rounded
+    cdef double splits = <double> (<long long> 1 << 48) + 1
+    cdef double step, near
+    cdef Py_ssize_t c
+    for c in range(channels):
+        step = mean[c] - values[c]
+        near = step * splits
+        step = near - (near - step)
+        near = values[c] + step if fabs(step) <= 1e37 else mean[c]
+        near = mean[c] + halfway - halfway if whole else near
+        center[c] = <float> near if fabs(near) <= 1e37 else 0
 
 
 cdef bint found_all(
@@ -1673,7 +1712,10 @@ cdef Py_ssize_t view_moments(
     else:
         memset(values, 0, view.channels * sizeof(float))
     for c in range(view.channels):
-        center[c] = mean[c] = center_of(sums.deviations[c] / n, values[c], whole)
+        mean[c] = sums.deviations[c] / n
+    choose_centers(mean, values, view.channels, whole, center)
+    if statistic == CENTERS:
+        memcpy(mean, center, view.channels * sizeof(double))
     while statistic == MOMENTS:
         if attempt >= 2:
             kind = WIDE
@@ -1684,7 +1726,10 @@ cdef Py_ssize_t view_moments(
             break
         attempt = attempt + 1 if attempt > 0 or may_be_found(&sums, view.channels, m2) else 2
         for c in range(view.channels):
-            center[c] = center_of(mean[c], mean[c], whole) if attempt == 1 else mean[c] if isfinite(mean[c]) else 0
+            values[c] = <float> mean[c]
+            center[c] = mean[c] if isfinite(mean[c]) else 0
+        if attempt == 1:
+            choose_centers(mean, values, view.channels, whole, center)
     return n
 
 
