@@ -109,6 +109,7 @@ cdef enum:
     LINE = 16           # floats of a cache line
     TWO_LINES = 2 * LINE
     FOUR_LINES = 4 * LINE
+    STRIP = 128         # columns of a strip of rows, some of which are computed in double
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
     STREAMED = 96       # floats of a row that is streamed although x's rows do not join: to put two together takes time
     FEW = 16            # elements of a row below which loops over it are too short, and several are taken at once
@@ -135,6 +136,7 @@ cdef float NOT_A_NUMBER = float("nan")
 cdef float ZERO = 0
 cdef float ONE = 1
 cdef float NO_SHIFT = -0.0
+cdef Activation NOTHING = Activation(kind=IDENTITY, low=0, high=0, slope=0)
 
 
 # ---- loading and storing: any type and strides, to and from a buffer of floats ----------------------
@@ -639,28 +641,6 @@ cdef Py_ssize_t normalize_halves(
     return bn_normalize_halves(first, rows, columns, 0, next_channel, stream)
 
 
-cdef once normalize_wide(
-    const float *x, apart y, Py_ssize_t n, const Coefficients *k, Py_ssize_t first, int step,
-) noexcept nogil:
-    """The formula in double, without what is added and activated, for one channel, or for those of a row that need it."""
-    cdef Py_ssize_t i
-    cdef const float *center = k.center + first
-    cdef const float *scale = k.scale + first
-    cdef const float *shift = k.shift + first
-    cdef const double *mean = k.mean + first
-    cdef const double *std = k.std + first
-    cdef const double *gamma = k.gamma + first
-    cdef const double *beta = k.beta + first
-    cdef float t
-    if step == 0:
-        for i in range(n):
-            y[i] = <float> (gamma[0] * ((<double> x[i] - mean[0]) / std[0]) + beta[0])
-        return
-    for i in range(n):
-        t = <float> (gamma[i] * ((<double> x[i] - mean[i]) / std[i]) + beta[i])
-        y[i] = (x[i] - center[i]) * scale[i] + shift[i] if scale[i] == scale[i] else t
-
-
 cdef inline void move(Place *at, const Steps *step, Py_ssize_t n) noexcept nogil:
     at.x += n * step.x
     at.out += n * step.out
@@ -824,6 +804,33 @@ cdef bint everywhere(const Job *job, const Loop *loop) noexcept nogil:
     return loop.x and loop.residual and loop.out and not job.coefficients.wide
 
 
+cdef inline inlined normalize_column(
+    const float *x, Py_ssize_t stride, apart y, Py_ssize_t y_stride, Py_ssize_t n, const Coefficients *k, Py_ssize_t c,
+) noexcept nogil:
+    """The formula in double; strides in elements."""
+    cdef double mean = k.mean[c], std = k.std[c], gamma = k.gamma[c], beta = k.beta[c]
+    cdef Py_ssize_t i
+    for i in range(n):
+        y[i * y_stride] = <float> (gamma * ((<double> x[i * stride] - mean) / std) + beta)
+
+
+cdef once normalize_wide(
+    const float *x, Py_ssize_t stride, apart y, Py_ssize_t rows, Py_ssize_t columns, const Coefficients *k,
+    Py_ssize_t first, int step,
+) noexcept nogil:
+    """A row of one channel that is computed in double, or rows of channels of which some are. Without activation."""
+    cdef Rows each = joined_rows(columns, 1, False)
+    cdef Py_ssize_t c
+    if step == 0:
+        normalize_column(x, 1, y, 1, columns, k, first)
+        return
+    each.step.x = stride * 4
+    normalize_loops(x, NULL, y, rows * columns, &each, k.center + first, k.scale + first, k.shift + first, 1, &NOTHING)
+    for c in range(columns):
+        if k.scale[first + c] != k.scale[first + c]:
+            normalize_column(x + c, stride, y + c, columns, rows, k, first + c)
+
+
 cdef void normalize_chunk(
     const Job *job, const Walk *walk, const Loop *loop, Place at, Py_ssize_t rows, Py_ssize_t columns,
     const float *center, const float *scale, const float *shift, Py_ssize_t first,
@@ -832,6 +839,8 @@ cdef void normalize_chunk(
     cdef float[CHUNK + PAGE] storage
     cdef float[CHUNK + LINE] residual_storage
     cdef float[CHUNK] wide
+    cdef Rows each = loop.rows
+    cdef int step = walk.step
     cdef float *buffer = away_from(at.x, storage)
     cdef float *added = whole_lines(residual_storage)
     cdef const float *x = <const float *> at.x
@@ -849,10 +858,15 @@ cdef void normalize_chunk(
         load(job.x.type, at.x, walk.row.x, walk.element.x, buffer, rows, columns)
         x = buffer
     if job.coefficients.wide:
-        normalize_wide(x, wide, columns, &job.coefficients, first, walk.step)
-        normalize_floats(wide, residual, y, columns, &loop.rows, &ZERO, &ONE, &NO_SHIFT, 0, &job.activation)
-    else:
-        normalize_floats(x, residual, y, rows * columns, &loop.rows, center, scale, shift, walk.step, &job.activation)
+        normalize_wide(
+            x, walk.row.x // 4 if loop.x else columns, wide, rows, columns, &job.coefficients, first, walk.step)
+        x = wide
+        each.step.x = each.columns * 4
+        center = &ZERO
+        scale = &ONE
+        shift = &NO_SHIFT
+        step = 0
+    normalize_floats(x, residual, y, rows * columns, &each, center, scale, shift, step, &job.activation)
     if not loop.out:
         store(job, y, at.out, walk.row.out, walk.element.out, rows, columns)
 
@@ -935,7 +949,7 @@ cdef void normalize_table(
     """Rows one step from each other."""
     cdef bint all_floats = everywhere(job, &walk.over_rows)
     cdef bint all_halves = walk.halves and columns >= FEW and (walk.short_rows or walk.whole_lines or not job.stream)
-    cdef bint one_by_one = job.coefficients.wide or columns > CHUNK // 2
+    cdef bint one_by_one = (job.coefficients.wide and not walk.step) or columns > CHUNK // 2
     cdef bint together = all_halves or (all_floats and (walk.joined or not walk.streamed))
     cdef bint apart = job.far and walk.short_rows and not walk.streamed and 0 < walk.element.x <= 8 \
         and lie_apart(walk.row.x, columns * walk.element.x)
@@ -1109,17 +1123,22 @@ cdef inline bint is_wide(const Job *job, Py_ssize_t channel) noexcept nogil:
 
 
 cdef void normalize(const Job *job) noexcept nogil:
-    cdef Job part = job[0]
-    cdef Py_ssize_t start = 0, stop = job.channels
-    cdef bint mixed = job.coefficients.wide and not job.channels_last
+    """Where a channel is computed in double, planes that are so apart from others, rows in strips that have such or not."""
+    cdef Job part
+    cdef Py_ssize_t start = 0, stop
+    cdef bint wide
+    if not job.coefficients.wide:
+        normalize_alike(job)
+        start = job.channels
     while start < job.channels:
-        if mixed:
-            stop = start + 1
-            while stop < job.channels and is_wide(job, stop) == is_wide(job, start):
-                stop += 1
-            part = job[0]
-            part.coefficients.wide = is_wide(job, start)
-            take_channels(&part, start, stop)
+        wide = is_wide(job, start)
+        stop = start + 1
+        while stop < job.channels and (stop % STRIP > 0 if job.channels_last else is_wide(job, stop) == wide):
+            wide |= is_wide(job, stop)
+            stop += 1
+        part = job[0]
+        take_channels(&part, start, stop)
+        part.coefficients.wide = wide
         normalize_alike(&part)
         start = stop
     if job.stream:
