@@ -894,7 +894,8 @@ cdef void begin_halves(Work *work, Work *halves) noexcept nogil:
 
 
 cdef void end_halves(Work *work, const Work *halves) noexcept nogil:
-    """The moments of both, or of all again if the centers were too far off."""
+    """The moments of both; those of all again where the centers were too far off."""
+    cdef Work again = work[0]
     cdef Py_ssize_t c
     cdef bint exact = not is_float(work.statistics.x.type), found = True
     cdef bn_fp_state state
@@ -906,9 +907,16 @@ cdef void end_halves(Work *work, const Work *halves) noexcept nogil:
             exact, most_off(exact), &work.mean[c])
         found &= work.m2[c] == work.m2[c]
     bn_fp_leave(&state)
-    work.statistic = MOMENTS
-    if not found:
-        run(work)
+    if found:
+        return
+    again.statistic = MOMENTS
+    again.mean = halves[0].mean
+    again.m2 = halves[0].m2
+    run(&again)
+    for c in range(work.statistics.channels):
+        if work.m2[c] != work.m2[c]:
+            work.mean[c] = again.mean[c]
+            work.m2[c] = again.m2[c]
 
 
 cdef void run_pieces(Work *work, Py_ssize_t pieces, double *found) noexcept nogil:

@@ -1515,14 +1515,22 @@ cdef Py_ssize_t ahead_of(const View *view, Py_ssize_t position) noexcept nogil:
     return BN_FAR
 
 
-cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
-    """Moves the rows that count together and returns how many they are."""
+cdef inline Py_ssize_t pack_rows(
+    float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns,
+) noexcept nogil:
     cdef Py_ssize_t kept = 0, row, c
     for row in range(n):
         for c in range(columns):
             rows[kept * columns + c] = rows[row * columns + c]
         kept += mask[row * stride] != 0
     return kept
+
+
+cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
+    """Moves the rows that count together and returns how many they are."""
+    if columns == 1:
+        return pack_rows(rows, mask, stride, n, 1)
+    return pack_rows(rows, mask, stride, n, columns)
 
 
 cdef number_once add_view(const View *view, Sum kind, const Centers *centers, const Sums *sums) noexcept nogil:

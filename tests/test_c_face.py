@@ -170,7 +170,12 @@ def test_statistics(isa, rng, dtype, layout):
         assert moments(x, axis) == bn_c.batch_stats(x, axis=axis).to_dict()
 
 
-LARGE = {"rows": ((300_000, 3), 1), "few planes": ((2, 3, 400, 401), 1), "many planes": ((40, 16, 29, 31), 1)}
+LARGE = {
+    "rows": ((300_000, 3), 1),
+    "rows in halves": ((2000, 200), 1),
+    "few planes": ((2, 3, 400, 401), 1),
+    "many planes": ((40, 16, 29, 31), 1),
+}
 
 
 @pytest.mark.parametrize(("shape", "axis"), LARGE.values(), ids=LARGE)

@@ -425,6 +425,25 @@ def test_parameters_outside_the_range_of_float32(isa, name, layout, rng):
     check(x, batch=False, residual=values(rng, x.shape), activation="relu", dtype="f2", **parameters)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(9, 3, 7, 11), (5, 40, 5, 5), (70, 17), (9, 64), (7, 129), (3, 300), (2, 1100)])
+def test_channels_in_double_leave_others_as_they_are(caches, shape, dtype, rng):
+    """Planes on their own, rows in strips; strips and rows that have none, some and nothing else of them."""
+    given = parameters(rng, shape[1]) | {"mean": rng.uniform(-1, 1, shape[1]), "var": rng.uniform(1, 2, shape[1])}
+    for layout in ("c", "channels_last", "sliced") if len(shape) > 2 else ("c",):
+        x, out = (LAYOUTS[layout](values(rng, shape, dtype)) for _ in range(2))
+        for fused in ({}, {"residual": values(rng, shape, dtype), "activation": "hard_swish"}):
+            expected = bn_c.batch_norm_inference(x, **given, **fused)
+            for wide in (slice(1, 2), slice(0, None, 2), slice(128, None), slice(None)):
+                gamma = given["gamma"].copy()
+                gamma[wide] *= 1e-38
+                y = check(x, batch=False, **given | {"gamma": gamma}, **fused)
+                rest = gamma == given["gamma"]
+                assert bits(y[:, rest]) == bits(expected[:, rest])
+                out[...] = x
+                check(out, batch=False, out=out, **given | {"gamma": gamma}, **fused)
+
+
 @pytest.mark.parametrize("parameter", ["mean", "var", "gamma", "beta"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("axis", [1, -1])

@@ -131,6 +131,36 @@ def test_several_threads(isa, shape, dtype, num_threads, rng):
     assert_statistics(stats, x)
 
 
+# Of sizes whose sums are taken of two halves about the same centers.
+IN_HALVES = [((2000, 200), 1), ((1031, 301), 1), ((130_003, 3), 1), ((3, 41, 43, 67), -1), ((1, 3, 401, 403), 1)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
+@pytest.mark.parametrize(("shape", "axis"), IN_HALVES)
+def test_two_halves(isa, shape, axis, dtype, rng):
+    x = values(rng, shape, dtype, 20)
+    for array in (x, np.repeat(x, 2, 0)[::2]):
+        stats = assert_exact(array, axis)
+        assert all(bn_c.batch_stats(array, axis=axis, num_threads=threads) == stats for threads in (2, 3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("steps", [2, 3, 5, 7])
+def test_two_halves_whose_centers_are_no_use(isa, steps, dtype, rng):
+    """What a sample takes is far from the mean, or one half is; or there is none, or no variance."""
+    x = values(rng, (2000, 200), dtype)
+    x[::steps, :2] += 50
+    x[:1000, 2] += 300
+    x[:, 3] = 0
+    stats = assert_exact(x)
+    assert bn_c.batch_stats(x, num_threads=2) == stats
+    x[1234, 4] = np.nan
+    with_nan = bn_c.batch_stats(x, num_threads=2)
+    assert np.isnan(with_nan.mean[4])
+    assert_statistics(bn_c.batch_stats(np.delete(x, 4, 1)), np.delete(x, 4, 1))
+    np.testing.assert_allclose(np.delete(with_nan.var, 4), np.delete(stats.var, 4), rtol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("offset", [1013, 1e6])
 @pytest.mark.parametrize("layout", ["rows", "columns", "one_plane"])
@@ -176,6 +206,22 @@ def test_constant_channels_of_other_types_have_no_variance(isa, dtype):
         assert np.all(assert_exact(np.full(shape, 77, dtype)).var == 0)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(3, 35, 31, 33), (40, 35, 7, 7), (700, 35), (9000, 35), (2, 35, 5000)])
+def test_channels_of_zeros_leave_others_as_they_are(isa, shape, dtype, rng):
+    x = values(rng, shape, dtype, 3)
+    alone = bn_c.batch_stats(x)
+    for zeros in (slice(7, 8), slice(None, None, 3), slice(None)):
+        x[:, zeros] = 0
+        x[:, zeros][::2] = -0.0
+        stats = assert_exact(x)
+        assert not stats.mean[zeros].any()
+        assert not stats.var[zeros].any()
+        rest = x.any((0, *range(2, x.ndim)))
+        assert bits(stats.mean[rest]) == bits(alone.mean[rest])
+        assert bits(stats.var[rest]) == bits(alone.var[rest])
+
+
 @pytest.mark.parametrize("low_high", [(-1, 1), (1e6, 1e6 + 0.0625), (0, 3e38), (-1e-30, 1e-30), (1 - 2**-24, 1)])
 @pytest.mark.parametrize("period", [2, 3, 64, 100, 4096, 5000])
 def test_square_waves(isa, period, low_high):
@@ -201,6 +247,27 @@ def test_drifting_data(isa, block, dtype, rng):
     """Blocks whose means differ much more than the values within them."""
     drift = np.repeat(rng.uniform(-3e4, 3e4, -(-40_000 // block)), block)[:40_000]
     x = (drift[:, None] + rng.standard_normal((40_000, 3)) * 20).astype(dtype)
+    assert_exact(x)
+    assert_exact(np.ascontiguousarray(x.T)[None])
+
+
+@pytest.mark.parametrize("block", [1, 50, 1000, 9000])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_drifting_integers(isa, block, dtype, rng):
+    """No sample tells their mean, and blocks are at both ends of their range."""
+    ends = rng.choice([np.iinfo(dtype).min, np.iinfo(dtype).max], (-(-40_000 // block), 3))
+    x = np.repeat(ends, block, 0)[:40_000].astype(dtype)
+    x[::977] //= 2
+    assert_exact(x)
+    assert_exact(np.ascontiguousarray(x.T)[None])
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("ones", [1, 3, 20_000, 39_999])
+def test_integers_that_differ_by_one(isa, dtype, ones):
+    """About the nearest whole number half of the squares may cancel, and nothing is lost."""
+    x = np.zeros((40_000, 3), dtype)
+    x[np.linspace(0, 39_999, ones).astype(int)] = 1
     assert_exact(x)
     assert_exact(np.ascontiguousarray(x.T)[None])
 
