@@ -23,7 +23,7 @@
 
 from libc.math cimport INFINITY, fabs, isfinite, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from cpython.pycapsule cimport PyCapsule_New
 
@@ -1528,6 +1528,8 @@ cdef inline Py_ssize_t pack_rows(
 
 cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
     """Moves the rows that count together and returns how many they are."""
+    if stride == 0 or (stride == 1 and memcmp(mask, mask + 1, n - 1) == 0):     # all or none, as of padded sequences
+        return n if mask[0] else 0
     if columns == 1:
         return pack_rows(rows, mask, stride, n, 1)
     return pack_rows(rows, mask, stride, n, columns)

@@ -42,10 +42,11 @@ def ones(shape, dtype):
     return array
 
 
-def inference(x, axis=1, in_place=False, **options):
-    channels = x.shape[axis]
-    layer = bn_c.BatchNorm(channels, axis=axis, **options)
-    out = x if in_place else ones(x.shape, x.dtype)
+def inference(x, axis=1, in_place=False, in_double=False):
+    layer = bn_c.BatchNorm(x.shape[axis], axis=axis)
+    if in_double:
+        layer.gamma = np.where(np.arange(x.shape[axis]) == 3, 1e-38, 1)
+    out = x if in_place else ones(x.shape, x.dtype if x.dtype.kind == "f" else np.float32)
     return lambda n: layer(x[:n], out=out[:n])
 
 
@@ -55,8 +56,10 @@ def fused(x):
     return lambda n: layer(x[:n], residual=residual[:n], out=out[:n])
 
 
-def statistics(x, axis=1):
-    return lambda n: bn_c.batch_stats(x[:n], axis=axis)
+def statistics(x, axis=1, zeros=False, masked=False):
+    np.moveaxis(x, axis, 0)[3] = not zeros
+    mask = ones((*x.shape[:1], 1, 1), bool) if masked else None
+    return lambda n: bn_c.batch_stats(x[:n], axis=axis, mask=mask[:n] if masked else None)
 
 
 def pictures(x):
@@ -88,10 +91,17 @@ WORKS = {
     "inference: rows": (partial(inference, axis=-1), ROWS, "float32", IN_CACHE),
     "inference: rows, in place": (partial(inference, axis=-1, in_place=True), ROWS, "float32", IN_CACHE),
     "inference: rows of halves": (partial(inference, axis=-1), ROWS, "float16", IN_CACHE),
+    "inference: planes of bytes": (inference, PLANES, "uint8", IN_CACHE),
+    "inference: planes, one in double": (partial(inference, in_double=True), PLANES, "float32", IN_CACHE),
+    "inference: rows, some in double": (partial(inference, axis=-1, in_double=True), ROWS, "float32", IN_CACHE),
     "statistics: planes": (statistics, PLANES, "float32", IN_CACHE),
     "statistics: planes of halves": (statistics, PLANES, "float16", IN_CACHE),
     "statistics: short planes": (statistics, SHORT, "float32", IN_CACHE),
     "statistics: rows": (partial(statistics, axis=-1), ROWS, "float32", IN_CACHE),
+    "statistics: planes of bytes": (statistics, PLANES, "uint8", IN_CACHE),
+    "statistics: planes of 16 bits": (statistics, PLANES, "uint16", IN_CACHE),
+    "statistics: planes, masked": (partial(statistics, masked=True), PLANES, "float32", IN_CACHE),
+    "statistics: rows, some of zeros": (partial(statistics, axis=-1, zeros=True), ROWS, "float32", IN_CACHE),
     "pictures: RGB to planes": (pictures, (8, 128, 128, 3), "uint8", IN_CACHE),
     f"{NUMPY}: planes": (folded, PLANES, "float32", IN_CACHE),
     f"{NUMPY}: rows": (partial(folded, axis=-1), ROWS, "float32", IN_CACHE),
