@@ -12,6 +12,9 @@ from libc.stdint cimport uint8_t, uint16_t
 
 from bn_c._layout cimport FLOAT16, FLOAT32, Images, size_of_type
 
+cdef extern from "bn_c/sums.h" nogil:
+    ctypedef void once "BN_ONCE void"
+
 cdef extern from "bn_c/image.h" nogil:
     ctypedef struct bn_pixels:
         int channels
@@ -68,7 +71,7 @@ cdef inline void look_up_run(
         (<value *> (y + i * y_stride))[0] = table[x[i * x_stride]]
 
 
-cdef inline void run_of_channel(
+cdef inline once run_of_channel(
     const Images *images, Py_ssize_t c, const char *x, char *out, Py_ssize_t first, Py_ssize_t stop,
 ) noexcept nogil:
     """One channel of the pixels from `first` to `stop` of a row."""
