@@ -37,6 +37,10 @@ from bn_c._images cimport normalize_images
 cdef extern from "bn_c/half.h" nogil:
     ctypedef float *apart "bn_apart"        # floats that no other argument leads to
     bint BN_CONVERTS_HALVES
+    enum:
+        BN_AT_LEAST
+        BN_NOTHING
+    int bn_kind_of(const Activation *activation, const void *residual)
     void bn_floats_from_halves(const uint16_t *halves, float *floats, Py_ssize_t n)
     ctypedef struct bn_row_of_halves:
         const uint16_t *x
@@ -65,6 +69,7 @@ cdef extern from "bn_c/sums.h" nogil:
     ctypedef void once "BN_ONCE void"
     ctypedef void seldom "BN_SELDOM void"
     ctypedef Py_ssize_t number_once "BN_ONCE Py_ssize_t"
+    bint BN_NARROW
     bint BN_WIDER
     float BN_ONE
     float bn_minus(float a, float b, float one)
@@ -314,10 +319,11 @@ cdef void repeat(
 # ---- y = activation((x - center) * scale + shift + residual) ----------------------------------------
 
 cdef inline float activated(float y, int kind, float low, float high, float slope) noexcept nogil:
-    """Comparisons are written so that NaN stays NaN."""
+    """Comparisons are written so that NaN stays NaN. As `bn_activate` of halves."""
     cdef float product
-    if kind == CLIP:
+    if kind == CLIP or kind == BN_AT_LEAST:
         y = low if y < low else y
+    if kind == CLIP:
         y = high if y > high else y
     elif kind == LEAKY_RELU:
         y = y if y > 0 else y * slope
@@ -368,7 +374,7 @@ cdef inline inlined normalize_rows_of(
     int step, int kind, const Activation *activation, bint in_place,
 ) noexcept nogil:
     cdef Py_ssize_t some, _row
-    if step == 1 and stride == 1 and kind <= CLIP and rows.columns == FOUR_LINES:
+    if step == 1 and stride == 1 and (kind <= CLIP or kind == BN_AT_LEAST) and rows.columns == FOUR_LINES:
         # Coefficients of so few columns stay in registers: 0.75 to 0.9 of the time.
         for _row in range(n // FOUR_LINES):
             normalize_row(x, stride, residual, y, FOUR_LINES, center, scale, shift, step, kind, activation, in_place)
@@ -402,17 +408,18 @@ cdef inline Activation bounds_of(const Activation *activation) noexcept nogil:
 cdef inline inlined normalize_activated(
     const float *x, int stride, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift,
-    int step, const Activation *activation, bint in_place,
+    int step, int kind, const Activation *bounds, bint in_place,
 ) noexcept nogil:
-    cdef Activation bounds = bounds_of(activation)
-    if residual == NULL and activation.kind == IDENTITY:
-        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, IDENTITY, activation, in_place)
-    elif activation.kind <= CLIP or stride == 2:
-        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, CLIP, &bounds, in_place)
-    elif activation.kind == LEAKY_RELU:
-        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, LEAKY_RELU, activation, in_place)
+    if kind == BN_NOTHING:
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, IDENTITY, bounds, in_place)
+    elif BN_NARROW and stride == 1 and (kind == BN_AT_LEAST or kind == IDENTITY):
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, BN_AT_LEAST, bounds, in_place)
+    elif kind == LEAKY_RELU and stride == 1:
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, LEAKY_RELU, bounds, in_place)
+    elif kind == HARD_SWISH and stride == 1:
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, HARD_SWISH, bounds, in_place)
     else:
-        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, HARD_SWISH, activation, in_place)
+        normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, CLIP, bounds, in_place)
 
 
 cdef once activate_lines(float *y, const Activation *activation) noexcept nogil:
@@ -546,43 +553,45 @@ cdef void stream_lines(
 
 cdef inline inlined normalize_located(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
-    const float *center, const float *scale, const float *shift, int step, const Activation *activation,
+    const float *center, const float *scale, const float *shift, int step, int kind, const Activation *bounds,
 ) noexcept nogil:
     if rows.stride == 2:
-        normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, activation, False)
+        normalize_activated(x, 2, NULL, y, n, rows, center, scale, shift, step, kind, bounds, False)
     elif residual != NULL:
         if x == y:
-            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, True)
+            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, kind, bounds, True)
         else:
-            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, activation, False)
+            normalize_activated(x, 1, residual, y, n, rows, center, scale, shift, step, kind, bounds, False)
     elif x == y:
-        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, activation, True)
+        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, kind, bounds, True)
     else:
-        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, activation, False)
+        normalize_activated(x, 1, NULL, y, n, rows, center, scale, shift, step, kind, bounds, False)
 
 
 cdef void normalize_channels(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
-    const float *center, const float *scale, const float *shift, const Activation *activation,
+    const float *center, const float *scale, const float *shift, int kind, const Activation *bounds,
 ) noexcept nogil:
-    normalize_located(x, residual, y, n, rows, center, scale, shift, 1, activation)
+    normalize_located(x, residual, y, n, rows, center, scale, shift, 1, kind, bounds)
 
 
 cdef void normalize_channel(
     const float *x, const float *residual, apart y, Py_ssize_t n, const Rows *rows,
-    const float *center, const float *scale, const float *shift, const Activation *activation,
+    const float *center, const float *scale, const float *shift, int kind, const Activation *bounds,
 ) noexcept nogil:
-    normalize_located(x, residual, y, n, rows, center, scale, shift, 0, activation)
+    normalize_located(x, residual, y, n, rows, center, scale, shift, 0, kind, bounds)
 
 
 cdef void normalize_loops(
     const float *x, const float *residual, float *y, Py_ssize_t n, const Rows *rows,
     const float *center, const float *scale, const float *shift, int step, const Activation *activation,
 ) noexcept nogil:
+    cdef Activation bounds = bounds_of(activation)
+    cdef int kind = bn_kind_of(activation, residual)
     if step:
-        normalize_channels(x, residual, y, n, rows, center, scale, shift, activation)
+        normalize_channels(x, residual, y, n, rows, center, scale, shift, kind, &bounds)
     else:
-        normalize_channel(x, residual, y, n, rows, center, scale, shift, activation)
+        normalize_channel(x, residual, y, n, rows, center, scale, shift, kind, &bounds)
 
 
 cdef void stream_floats(

@@ -157,6 +157,16 @@ enum { BN_ROWS = 4, BN_LANES = sizeof(bn_floats) / sizeof(float) };
 
 #endif
 
+/* What follows the formula. ReLU is half of a clip, and most of them. */
+enum { BN_AT_LEAST = BN_HARD_SWISH + 1, BN_NOTHING };
+
+static inline int bn_kind_of(const bn_activation *activation, const void *residual)
+{
+    if (!residual && activation->kind == BN_IDENTITY)
+        return BN_NOTHING;
+    return activation->kind == BN_CLIP && activation->high == INFINITY ? BN_AT_LEAST : activation->kind;
+}
+
 /* y = activation((x - center) * scale + shift + residual). */
 typedef struct {
     const uint16_t *x;
@@ -182,19 +192,9 @@ static inline bn_floats bn_normalized(const uint16_t *x, bn_floats c, bn_floats 
     return bn_floats_less(bn_halves_at(x), c, one) * a + b;
 }
 
-/* What follows the formula. ReLU is half of a clip, and most of them. */
-enum { BN_AT_LEAST = BN_HARD_SWISH + 1, BN_NOTHING };
-
-static inline int bn_kind_of(const bn_row_of_halves *r)
-{
-    if (!r->residual && r->activation.kind == BN_IDENTITY)
-        return BN_NOTHING;
-    return r->activation.kind == BN_CLIP && r->activation.high == INFINITY ? BN_AT_LEAST : r->activation.kind;
-}
-
-/* n vectors, which are at element i of a row and `stride` apart, become activation(t + residual). NaN stays
- * NaN. Asked for every few vectors, what is to be done takes no time; a loop for each case would make wheels
- * too large. */
+/* n vectors, which are at element i of a row and `stride` apart, become activation(t + residual), as floats
+ * do by `activated` in _kernels.pyx. NaN stays NaN. Asked for every few vectors, what is to be done takes no
+ * time; a loop for each case would make wheels too large. */
 static inline __attribute__((always_inline)) void bn_activate(bn_floats *t, const int n,
                                                               const bn_row_of_halves *r, ptrdiff_t i,
                                                               ptrdiff_t stride, const int kind)
@@ -314,6 +314,26 @@ static inline void bn_move(bn_row_of_halves *r, ptrdiff_t rows)
         r->residual = BN_AT(r->residual, rows * r->residual_row);
     r->y = BN_AT(r->y, rows * r->y_row);
 }
+
+static inline __attribute__((always_inline)) void bn_normalize_each_row(bn_row_of_halves r, ptrdiff_t rows,
+                                                                        ptrdiff_t columns, const float one,
+                                                                        const int step, const int kind,
+                                                                        int next, int stream)
+{
+    ptrdiff_t row = 0;
+    if (step && !stream && columns % 16 == 0)
+        for (; row + BN_ROWS <= rows; row += BN_ROWS) {
+            bn_normalize_vectors(r, 0, columns, one, 1, kind, 0, 1);
+            bn_move(&r, BN_ROWS);
+        }
+    for (; row < rows; row++) {
+        bn_normalize_row_of_halves(r, columns, one, step, kind, stream);
+        bn_move(&r, 1);
+        r.center += next;
+        r.scale += next;
+        r.shift += next;
+    }
+}
 #endif
 
 /* Rows from the first one on, halves to halves without a detour through memory, if a row is a vector at
@@ -326,28 +346,13 @@ static __attribute__((noinline, unused)) ptrdiff_t bn_normalize_halves(bn_row_of
 {
 #if BN_CONVERTS_HALVES
     const float one = BN_ONE;
-    const int kind = bn_kind_of(&r);
-    ptrdiff_t row = 0;
+    const int kind = bn_kind_of(&r.activation, r.residual);
     if (columns < BN_LANES)
         return 0;
-    if (step && !stream && columns % 16 == 0)
-        for (; row + BN_ROWS <= rows; row += BN_ROWS) {
-            if (kind == BN_NOTHING)
-                bn_normalize_vectors(r, 0, columns, one, 1, BN_NOTHING, 0, 1);
-            else
-                bn_normalize_vectors(r, 0, columns, one, 1, kind, 0, 1);
-            bn_move(&r, BN_ROWS);
-        }
-    for (; row < rows; row++) {
-        if (kind == BN_NOTHING)
-            bn_normalize_row_of_halves(r, columns, one, step, BN_NOTHING, stream);
-        else
-            bn_normalize_row_of_halves(r, columns, one, step, kind, stream);
-        bn_move(&r, 1);
-        r.center += next;
-        r.scale += next;
-        r.shift += next;
-    }
+    if (kind == BN_NOTHING)
+        bn_normalize_each_row(r, rows, columns, one, step, BN_NOTHING, next, stream);
+    else
+        bn_normalize_each_row(r, rows, columns, one, step, kind, next, stream);
     return rows * columns;
 #else
     return 0;
@@ -377,7 +382,7 @@ static inline void bn_stream_four_rows(bn_row_of_halves r, ptrdiff_t row, ptrdif
     enum { IN_LINE = BN_LINE / sizeof(bn_halves) };
     const float one = BN_ONE;
     const ptrdiff_t ahead = BN_ROWS * r.x_row > BN_NEAR ? BN_ROWS * r.x_row : BN_NEAR;
-    const int ask = r.x_row > 2 * BN_LINE, kind = bn_kind_of(&r);
+    const int ask = r.x_row > 2 * BN_LINE, kind = bn_kind_of(&r.activation, r.residual);
     for (ptrdiff_t i = 0; i < row; i += BN_LANES * IN_LINE) {
         bn_halves halves[BN_ROWS][IN_LINE];
 #pragma GCC unroll 4

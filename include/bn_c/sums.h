@@ -23,6 +23,13 @@ static const volatile float BN_ONE = 1;
 #define BN_WIDEST __attribute__((noinline))
 #endif
 
+/* Whether arithmetic limits more than sums. */
+#if defined(__AVX__)
+#define BN_NARROW 0
+#else
+#define BN_NARROW 1
+#endif
+
 /* Of functions that compilers would copy for each literal argument: copies make wheels too large. */
 #if defined(__clang__)
 #define BN_ONCE __attribute__((noinline))
