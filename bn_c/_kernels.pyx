@@ -28,9 +28,9 @@ from libc.string cimport memcmp, memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from bn_c._layout cimport (
-    CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, CENTERS, MOMENTS, SUMS, UINT8, UINT16,
-    Activation, Coefficients, Job, Kernels, Operand, Statistic, is_float, m2_of, magnitude, most_off, outer_in_plane, size_of_type,
-    take_channels,
+    CENTERS, CLIP, FLOAT16, FLOAT32, HARD_SWISH, IDENTITY, INT8, INT16, LEAKY_RELU, MAX_NDIM, MOMENTS, SUMS, UINT8, UINT16,
+    Activation, Coefficients, Job, Kernels, Operand, Statistic,
+    is_float, m2_of, magnitude, most_off, outer_in_plane, size_of_type, take_channels,
 )
 from bn_c._images cimport normalize_images
 
@@ -40,6 +40,7 @@ cdef extern from "bn_c/half.h" nogil:
     enum:
         BN_AT_LEAST
         BN_NOTHING
+    float bn_either(bint first, float a, float b)
     int bn_kind_of(const Activation *activation, const void *residual)
     void bn_floats_from_halves(const uint16_t *halves, float *floats, Py_ssize_t n)
     ctypedef struct bn_row_of_halves:
@@ -320,17 +321,14 @@ cdef void repeat(
 
 cdef inline float activated(float y, int kind, float low, float high, float slope) noexcept nogil:
     """Comparisons are written so that NaN stays NaN. As `bn_activate` of halves."""
-    cdef float product
     if kind == CLIP or kind == BN_AT_LEAST:
-        y = low if y < low else y
+        y = bn_either(y < low, low, y)
     if kind == CLIP:
-        y = high if y > high else y
+        y = bn_either(y > high, high, y)
     elif kind == LEAKY_RELU:
-        y = y if y > 0 else y * slope
+        y = bn_either(y > 0, y, y * slope)
     elif kind == HARD_SWISH:
-        product = y * (y + <float> 3) * <float> (1.0 / 6.0)
-        product = y if y >= 3 else product
-        y = <float> 0 if y <= -3 else product
+        y = bn_either(y <= -3, 0, bn_either(y >= 3, y, y * (y + <float> 3) * <float> (1.0 / 6.0)))
     return y
 
 
@@ -410,7 +408,7 @@ cdef inline inlined normalize_activated(
     const float *center, const float *scale, const float *shift,
     int step, int kind, const Activation *bounds, bint in_place,
 ) noexcept nogil:
-    if kind == BN_NOTHING:
+    if residual == NULL and kind == BN_NOTHING:     # the literal leaves out loops
         normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, IDENTITY, bounds, in_place)
     elif BN_NARROW and stride == 1 and (kind == BN_AT_LEAST or kind == IDENTITY):
         normalize_rows_of(x, stride, residual, y, n, rows, center, scale, shift, step, BN_AT_LEAST, bounds, in_place)
