@@ -7,7 +7,8 @@
 #    strides) is loaded into a buffer of floats first, one that is not stored as such is stored from it.
 # b. Statistics are sums of deviations, and of their squares, from a center near the mean, which a sample taken
 #    all over the channel tells. A center that proves to be more than a quarter of a standard deviation off is
-#    replaced by the mean found, and the sums are taken again.
+#    replaced by the mean found, and the sums are taken again; a channel that still has no moments gets those of sums
+#    in double.
 #    They are kept in columns: x is seen as a table whose columns have one channel each. Rows of channels are that as
 #    they are, few channels several rows at a time. Short planes lie side by side, a row from each image, as do lines
 #    of planes with gaps between them; those of
@@ -16,8 +17,9 @@
 #    The columns of a channel are added up at the end. So there is no loop over one single sum, and every instruction
 #    set vectorises the same additions in the same order: the same bits.
 # c. Errors. A deviation (2^-24, twice when squared), its square (2^-24) and a tree of four of them (2 * 2^-24)
-#    round in float, what follows is double: var is within 5 * 2^-24 = 3e-7. Channels whose squares leave the
-#    range of float, and integers, are summed in double, twice: for the mean, then about it.
+#    round in float, what follows is double: var is within 5 * 2^-24 = 3e-7. Integers have whole numbers as centers:
+#    squares of 8 bits, and trees of four of them, are exact in float, those of 16 bits in double. Channels whose squares
+#    leave the range of float, and those of zeros, which may be such, are summed in double.
 # d. Literal arguments of inlined functions make one loop for each case out of one source. `apart` tells the compiler
 #    that y overlaps nothing, which makes rows of channels 1.3 x faster; in place, x is read through y.
 
@@ -68,7 +70,6 @@ cdef extern from "bn_c/sums.h" nogil:
     ctypedef void widest "BN_WIDEST void"
     ctypedef void inlined "BN_INLINED void"
     ctypedef void once "BN_ONCE void"
-    ctypedef void seldom "BN_SELDOM void"
     ctypedef Py_ssize_t number_once "BN_ONCE Py_ssize_t"
     bint BN_NARROW
     bint BN_WIDER

@@ -23,7 +23,7 @@ static const volatile float BN_ONE = 1;
 #define BN_WIDEST __attribute__((noinline))
 #endif
 
-/* Whether arithmetic limits more than sums. */
+/* Whether vectors are so short that arithmetic limits y in caches, not sums alone. */
 #if defined(__AVX__)
 #define BN_NARROW 0
 #else
@@ -36,9 +36,6 @@ static const volatile float BN_ONE = 1;
 #else
 #define BN_ONCE __attribute__((noinline, noclone))
 #endif
-
-/* Of loops that hardly any data needs: small rather than fast. */
-#define BN_SELDOM __attribute__((noinline, cold))
 
 /* Of loops that are made for literal arguments: where compilers are left to choose, some are not. */
 #define BN_INLINED __attribute__((always_inline))
