@@ -944,9 +944,11 @@ cdef int run_pieces_in_threads(Work *work, Py_ssize_t pieces, int threads) excep
     for index in range(pieces):
         parts.works[index] = piece_of_work(work, index, pieces, &found[index, 0])
     if in_halves(&work.statistics):
-        begin_halves(work, parts.works)
+        with nogil:
+            begin_halves(work, parts.works)
         _threads.run(parts, threads)
-        end_halves(work, parts.works)
+        with nogil:
+            end_halves(work, parts.works)
         return 0
     _threads.run(parts, threads)
     for index in range(pieces):
