@@ -25,7 +25,7 @@
 
 from libc.math cimport INFINITY, fabs, isfinite, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memchr, memcmp, memcpy, memset
 
 from cpython.pycapsule cimport PyCapsule_New
 
@@ -1536,8 +1536,15 @@ cdef inline Py_ssize_t pack_rows(
 
 cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
     """Moves the rows that count together and returns how many they are."""
-    if stride == 0 or (stride == 1 and memcmp(mask, mask + 1, n - 1) == 0):     # all or none, as of padded sequences
+    cdef const char *zero
+    cdef Py_ssize_t first
+    if stride == 0:
         return n if mask[0] else 0
+    if stride == 1:                     # the steps of a padded sequence: some that count, then none
+        zero = <const char *> memchr(mask, 0, n)
+        first = n if zero == NULL else zero - mask
+        if first == n or memcmp(zero, zero + 1, n - first - 1) == 0:
+            return first
     if columns == 1:
         return pack_rows(rows, mask, stride, n, 1)
     return pack_rows(rows, mask, stride, n, columns)

@@ -1,6 +1,7 @@
 """`mask`: only what it selects enters the statistics, and every element is normalised."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -48,6 +49,19 @@ def test_sizes_and_threads(isa, shape, share, rng):
     assert bn_c.batch_stats(x, mask=mask, num_threads=3) == stats
     y = bn_c.batch_norm(x, mask=mask)
     np.testing.assert_array_equal(bits(y), bits(bn_c.batch_norm(x, mask=mask, num_threads=3)))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
+@pytest.mark.parametrize("shape", [(1, 2, 5000), (3, 2, 700), (5000, 3)])
+def test_runs(isa, shape, dtype, rng):
+    """Elements that count before and behind those that do not, within and across what is loaded at a time."""
+    x = values(rng, shape, dtype, 20)
+    steps = np.arange(max(shape))
+    for first, last in itertools.product((1, 31, 2047, 2048, 2049, 4999), repeat=2):
+        for counting in (steps < last, steps >= first, (steps >= first) == (steps < last), steps % 7 == 3):
+            row = np.broadcast_to(counting[: x[:, 0].shape[-1]], x[:, 0].shape)
+            for mask in (row, row.copy()) if row.any() else ():
+                assert_statistics(bn_c.batch_stats(x, mask=mask), selected(x, mask, 1))
 
 
 def test_broadcasts_and_strides(isa, rng):
