@@ -1375,7 +1375,7 @@ cdef once choose_centers(
     const double *mean, const float *values, Py_ssize_t channels, bint whole, double *center,
 ) noexcept nogil:
     """A float near each mean, which is that of a sample, whatever it was: some value of the channel and a step of five
-    bits from it.
+    bits from it. (What a mask leaves out is none of its values; then the mean is.)
 
     So the deviations of data of few bits have few bits, and their squares and sums are exact. Those of integers always
     are, about a whole number.
@@ -1751,12 +1751,11 @@ cdef Py_ssize_t view_moments(
         center[c] = 0
         m2[c] = NOT_A_NUMBER
     n = add_all(sample, NULL, DEVIATIONS, center, &sums)
-    if view.mask.data == NULL:
-        load(view.type, view.x.data, 0, view.x.channel, values, 1, view.channels)
-    else:
-        memset(values, 0, view.channels * sizeof(float))
     for c in range(view.channels):
         mean[c] = sums.deviations[c] / n
+        values[c] = <float> mean[c]
+    if view.mask.data == NULL:
+        load(view.type, view.x.data, 0, view.x.channel, values, 1, view.channels)
     choose_centers(mean, values, view.channels, whole, center)
     if statistic == CENTERS:
         memcpy(mean, center, view.channels * sizeof(double))

@@ -157,8 +157,7 @@ enum { BN_ROWS = 4, BN_LANES = sizeof(bn_floats) / sizeof(float) };
 
 #endif
 
-/* Of two floats. For ARM GCC turns some comparisons around, and then asks for NaN: three instructions more.
- */
+/* Of two floats. By `?:` GCC turns some comparisons around for ARM, which takes three instructions more. */
 static inline float bn_either(int first, float a, float b)
 {
 #if defined(__aarch64__)
