@@ -86,7 +86,7 @@ cdef enum:
     PIECE = 1 << 18             # elements, at least, of a piece whose statistics are taken on their own
     PIECES = 64                 # and how many there are at most: memory stays in proportion to the channels
     PIECES_OF_HALVES = 16       # to sample one costs a tenth of adding it, if they come from memory
-    ROWS = 1 << 10              # of a channel, from which on its sums are taken of two halves: samples are a small part
+    ROWS = 1 << 10              # of a channel, at least, of such a piece: its sample is a small part of it
     LINE = 64                   # bytes of a cache line: loads that straddle two are slower
     COLUMNS = 64                # channels of rows, at least, whose statistics one thread takes: whole cache lines
     UNIT = 1 << 18              # bytes of channels that are normalised while they are still in the second cache
@@ -839,15 +839,16 @@ cdef int run_parts(Work *work, int loop, int passes, int threads) except -1:
 
 cdef bint in_halves(const Job *statistics) noexcept nogil:
     """Whether the sums of each channel are those of two halves, about the same center: too small for two samples."""
-    cdef Py_ssize_t size = size_of(statistics)
-    return not is_planes(statistics) and PIECE <= size < 2 * PIECE and size // statistics.channels >= ROWS
+    cdef Py_ssize_t size = size_of(statistics), rows = size // statistics.channels
+    return not is_planes(statistics) and size >= PIECE and rows >= ROWS and (size < 2 * PIECE or rows < 2 * ROWS)
 
 
 cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
     """How many pieces of its longest loop are computed on their own, however many threads there are.
 
-    Many planes are independent channels. Rows, and few planes, are cut into pieces, whose moments are merged in
-    order: the bits depend on the arrays alone. A power of two of them is for as many threads, most often.
+    Many planes are independent channels, as are rows that are few. Others, and few planes, are cut into pieces, whose
+    moments are merged in order: the bits depend on the arrays alone. A power of two of them is for as many threads,
+    most often.
     """
     cdef Py_ssize_t size = size_of(statistics)
     cdef Py_ssize_t pieces = min(<Py_ssize_t> (PIECES_OF_HALVES if statistics.x.type == FLOAT16 else PIECES), size // PIECE)
@@ -855,6 +856,7 @@ cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
         return 1
     if in_halves(statistics):
         return 2
+    pieces = min(pieces, size // statistics.channels // ROWS)
     pieces = min(pieces, loop_length(statistics, longest_loop(statistics)))
     while pieces & (pieces - 1):
         pieces &= pieces - 1

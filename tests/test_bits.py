@@ -45,7 +45,7 @@ SHAPES = [
 # Enough elements for several threads, as planes and as rows, many and few.
 LARGE = [
     (1, 1, 801, 1009), (2, 30, 101, 103), (700, 7, 127), (100_003, 7), (1031, 517), (3, 200_003),
-    (261, 1024), (653, 384), (2001, 128),
+    (261, 1024), (653, 384), (2001, 128), (3001, 128),
 ]  # fmt: skip
 EXTREMES = ["offset", "huge", "tiny", "subnormal", "not finite", "constant", "mixed"]
 

@@ -122,7 +122,7 @@ def test_tall_input(isa, rng):
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
 @pytest.mark.parametrize(
-    "shape", [(2, 30, 101, 103), (1, 1, 801, 1009), (700, 7, 127), (100_003, 7), (1031, 517), (3, 200_003)]
+    "shape", [(2, 30, 101, 103), (1, 1, 801, 1009), (700, 7, 127), (100_003, 7), (2501, 517), (300, 2048), (3, 200_003)]
 )
 def test_several_threads(isa, shape, dtype, num_threads, rng):
     x = values(rng, shape, dtype, 100)
@@ -132,7 +132,10 @@ def test_several_threads(isa, shape, dtype, num_threads, rng):
 
 
 # Of sizes whose sums are taken of two halves about the same centers.
-IN_HALVES = [((2000, 200), 1), ((1031, 301), 1), ((130_003, 3), 1), ((3, 41, 43, 67), -1), ((1, 3, 401, 403), 1)]
+IN_HALVES = [
+    *[((2000, 200), 1), ((1031, 301), 1), ((130_003, 3), 1), ((1100, 1001), 1)],
+    *[((3, 41, 43, 67), -1), ((1, 3, 401, 403), 1)],
+]
 
 
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
