@@ -10,14 +10,14 @@ d. Calls from C come as the same views, without objects behind them, and go the 
 from libc.math cimport INFINITY, isfinite
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strcpy
 
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongAndOverflow
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
-from cpython.ref cimport Py_INCREF
+from cpython.ref cimport Py_INCREF, PyObject
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport usleep
 
@@ -54,6 +54,15 @@ cdef extern from "numpy/arrayobject.h":
     bint PyArray_ISWRITEABLE(PyArrayObject *array)
     int PyArray_FailUnlessWriteable(PyArrayObject *array, const char *name) except -1
     object PyArray_NewLikeArray(PyArrayObject *prototype, int order, PyArray_Descr *stolen_dtype, int subok)
+    ctypedef struct PyDataMemAllocator:
+        void *ctx
+        void *(*malloc)(void *ctx, size_t size) noexcept
+        void (*free)(void *ctx, void *block, size_t size) noexcept
+    ctypedef struct PyDataMem_Handler:
+        char *name
+        PyDataMemAllocator allocator
+    object PyDataMem_SetHandler(object handler)
+    PyObject *PyDataMem_DefaultHandler
 
 _import_array()
 
@@ -63,6 +72,11 @@ cdef extern from "bn_c/cpu.h" nogil:
     bint bn_cpu_runs(const char *isa)
     void bn_fp_enter(bn_fp_state *state)
     void bn_fp_leave(const bn_fp_state *state)
+
+cdef extern from "bn_c/memory.h" nogil:
+    enum:
+        BN_GIVEN_BACK
+    bint bn_lend(char *block, size_t size)
 
 cdef extern from "bn_c/atomic.h" nogil:
     Py_ssize_t bn_add(Py_ssize_t *word, Py_ssize_t n)
@@ -303,12 +317,67 @@ cdef Py_ssize_t elements(const View *view) noexcept nogil:
     return view.len // view.itemsize
 
 
-cdef new_out(x, int type, dtype):
-    """An array like x, in x's memory order."""
+# The memory of new arrays. malloc gives large blocks back to the system, and the system clears each page that it gives:
+# that takes longer than to fill it with y. So the last block that was freed is kept for a new array of its size, and
+# lent to the system meanwhile.
+cdef Py_ssize_t kept = 0        # the address of that block, in whose first bytes its size is
+cdef const PyDataMem_Handler *numpys = <const PyDataMem_Handler *> PyCapsule_GetPointer(
+    <object> PyDataMem_DefaultHandler, "mem_handler")
+cdef PyDataMem_Handler keeping = numpys[0]
+strcpy(keeping.name, "bn_c")
+keeping.allocator.malloc = take_memory
+keeping.allocator.free = keep_memory
+cdef object handler = PyCapsule_New(&keeping, "mem_handler", NULL)
+
+
+cdef void *take_memory(void *ctx, size_t size) noexcept:
+    cdef Py_ssize_t at = bn_load(&kept)
+    cdef size_t *block = <size_t *> at
+    if at != 0 and bn_change(&kept, at, 0):
+        if block[0] == size:
+            return block
+        numpys.allocator.free(ctx, block, block[0])
+    return numpys.allocator.malloc(ctx, size)
+
+
+cdef void keep_memory(void *ctx, void *block, size_t size) noexcept:
+    cdef Py_ssize_t before = bn_load(&kept)
+    if bn_lend(<char *> block, size):
+        (<size_t *> block)[0] = size
+        if bn_change(&kept, before, <Py_ssize_t> block):
+            block = <void *> before
+            size = (<size_t *> block)[0] if block != NULL else 0
+    if block != NULL:
+        numpys.allocator.free(ctx, block, size)
+
+
+cdef begin_keeping(Py_ssize_t size):
+    """From here on, for an array of so many bytes, until `end_keeping` of what is returned."""
+    if size < BN_GIVEN_BACK:
+        return None
+    before = PyDataMem_SetHandler(handler)
+    if <PyObject *> before == PyDataMem_DefaultHandler:
+        return before
+    PyDataMem_SetHandler(before)            # the caller has one that is not for us to replace
+    return None
+
+
+cdef int end_keeping(before) except -1:
+    if before is not None:
+        PyDataMem_SetHandler(before)
+    return 0
+
+
+cdef new_out(x, int type, dtype, Py_ssize_t size):
+    """An array like x, of so many elements, in x's memory order."""
     if dtype is None:
         dtype = float16 if type == FLOAT16 else float32
+    before = begin_keeping(size * (2 if dtype is float16 else 4))
     Py_INCREF(dtype)
-    return PyArray_NewLikeArray(<PyArrayObject *> x, NPY_KEEPORDER, <PyArray_Descr *> dtype, False)
+    try:
+        return PyArray_NewLikeArray(<PyArrayObject *> x, NPY_KEEPORDER, <PyArray_Descr *> dtype, False)
+    finally:
+        end_keeping(before)
 
 
 cdef void claim(const View *out) noexcept:
@@ -1045,7 +1114,7 @@ cdef object forward(
     take_mask(&arrays, &work.statistics, mask)
     take_residual(&arrays, job, residual)
     if out is None:
-        out = new_out(x, job.x.type, dtype)
+        out = new_out(x, job.x.type, dtype, elements(&arrays.x))
         take_array(&arrays.out, &job.out, "out", out, True, False)
         # Another thread may have reshaped x since.
         same_shape("out", &arrays.out, &arrays.x)
@@ -1369,7 +1438,11 @@ cdef class Pixels:
         shape = tuple([sizes[d] for d in range(arrays.x.ndim)])
         given = out is not None
         if not given:
-            out = np.empty(shape, self.dtype)
+            before = begin_keeping(elements(&arrays.x) * self.dtype.itemsize)
+            try:
+                out = np.empty(shape, self.dtype)
+            finally:
+                end_keeping(before)
         take_typed(&arrays.out, &operand, "out", out, True, self.dtype, self.type)
         got = tuple([arrays.out.shape[d] for d in range(arrays.out.ndim)])
         if got != shape:

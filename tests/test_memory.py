@@ -3,7 +3,10 @@
 The largest ones need minutes and up to 5 GB at a time: `pytest --thorough tests/test_memory.py`.
 """
 
+import ctypes
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from processes import isolated
 
 import bn_c
 
+multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 needs_64_bits = pytest.mark.skipif(sys.maxsize < 1 << 32, reason="no array of that size on 32-bit machines")
 PIECE = 1 << 24
 
@@ -88,6 +92,121 @@ def state(layer):
     return {key: value.tobytes() for key, value in layer.state_dict().items()}
 
 
+# ---- the memory of outputs ----------------------------------------------------------------------------
+
+
+def address(array):
+    return array.ctypes.data
+
+
+def allocator(array):
+    return multiarray.get_handler_name(array)
+
+
+def pictures(n):
+    return bn_c.ImageNormalizer([0.5] * 3, [0.5] * 3)(np.ones((n, 1000, 1400, 3), "u1"))
+
+
+MAKERS = {
+    "layer": lambda n: bn_c.BatchNorm(3)(np.ones((n * 1_400_000, 3), "f4")),
+    "halves": lambda n: bn_c.batch_norm_inference(np.ones((n * 2_800_000, 3), "f2"), [0] * 3, [1] * 3),
+    "pictures": pictures,
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_large_outputs_use_the_memory_of_the_last_one_freed(make):
+    first = make(2)
+    expected, at = first.copy(), address(first)
+    assert first.flags.owndata
+    assert allocator(first) == "bn_c"
+    second = make(2)
+    assert not np.may_share_memory(first, second)
+    del first
+    assert np.array_equal(second, expected)
+    third = make(2)
+    assert address(third) == at
+    assert np.array_equal(third, expected)
+    assert np.array_equal(second, expected)
+
+
+def test_only_large_outputs_keep_memory():
+    layer = bn_c.BatchNorm(3)
+    assert allocator(layer(X)) == "default_allocator"
+    assert allocator(layer(KEPT)) == "bn_c"
+    assert allocator(np.empty(1 << 24, "f4")) == "default_allocator"
+    with pytest.raises(MemoryError):
+        layer(np.broadcast_to(np.float32(1), (1 << 44, 3)))
+    assert allocator(np.empty(1 << 24, "f4")) == "default_allocator"
+
+
+def test_outputs_of_other_sizes_resized_ones_and_threads():
+    expected = bn_c.BatchNorm(3)(np.ones((1, 3), "f4"))
+    for n in (2, 3, 2, 2, 4, 3):
+        y = MAKERS["layer"](n)
+        assert (y == expected).all()
+        if n == 2:
+            y.resize((n * 1_400_001, 3), refcheck=False)
+            y[-1] = 7
+        if n == 4:
+            y.resize((5, 3), refcheck=False)
+            assert (y == expected).all()
+        thread = threading.Thread(target=list.clear, args=([y],))
+        del y
+        thread.start()
+        thread.join()
+
+
+def lazily_freed():
+    """Bytes that the system may take from this process; None where it does not say."""
+    try:
+        text = Path("/proc/self/smaps_rollup").read_text()
+    except OSError:
+        return None
+    return 1024 * int(text.partition("LazyFree:")[2].split()[0]) if "LazyFree:" in text else None
+
+
+@pytest.mark.skipif(lazily_freed() is None, reason="a system that does not say what it may take")
+def test_the_system_may_take_what_is_kept():
+    y = MAKERS["layer"](2)
+    size = y.nbytes
+    before = lazily_freed()
+    del y
+    assert lazily_freed() - before > 0.9 * size
+    y = MAKERS["layer"](2)
+    assert lazily_freed() - before < 0.1 * size
+    other = MAKERS["layer"](3)
+    del y
+    del other
+    assert lazily_freed() - before < 1.6 * size
+
+
+class Handler(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char * 127), ("version", ctypes.c_uint8), ("allocator", ctypes.c_void_p * 5))
+
+
+@pytest.fixture
+def own_allocator():
+    """NumPy's, under another name, as a caller may have set it."""
+    capsule = ctypes.pythonapi.PyCapsule_GetPointer
+    capsule.restype, capsule.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    api = ctypes.cast(capsule(multiarray._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    set_handler = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object)(api[304])
+    default = ctypes.PYFUNCTYPE(ctypes.py_object)(api[305])()
+    handler = Handler.from_buffer_copy(Handler.from_address(capsule(default, b"mem_handler")))
+    handler.name = b"caller's"
+    set_handler(new(ctypes.addressof(handler), b"mem_handler", None))
+    yield handler
+    set_handler(default)
+
+
+def test_an_allocator_of_the_caller_stays(own_allocator):
+    assert allocator(bn_c.BatchNorm(3)(KEPT)) == "caller's"
+    assert allocator(np.empty(3)) == "caller's"
+
+
 @needs_64_bits
 @pytest.mark.parametrize("training", [False, True])
 def test_no_memory_for_the_output(training):
@@ -101,9 +220,11 @@ def test_no_memory_for_the_output(training):
 
 X = np.linspace(-3, 3, 4 * 3 * 50, dtype="f4").reshape(4, 3, 50)
 LARGE = np.linspace(-3, 3, 700_000 * 3, dtype="f4").reshape(-1, 3)
+KEPT = np.broadcast_to(np.float32(1), (2_800_001, 3))  # y has more than 32 MB, which malloc gives back when it is freed
 CALLS = {
     "layer": lambda layer, stats: layer(X),
     "layer with all": lambda layer, stats: layer(X, residual=X, dtype="f2"),
+    "large output": lambda layer, stats: layer(KEPT),
     "training": lambda layer, stats: layer.train()(X),
     "assignment": lambda layer, stats: setattr(layer, "gamma", [1, 2, 3]),
     "options": lambda layer, stats: [setattr(layer, "activation", "relu"), setattr(layer, "eps", 0.5)],
