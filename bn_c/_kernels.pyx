@@ -75,6 +75,9 @@ cdef extern from "bn_c/sums.h" nogil:
     bint BN_WIDER
     float BN_ONE
     float bn_minus(float a, float b, float one)
+    void bn_add_few(
+        const char *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, double center, double *deviations,
+        double *squares)
 
 cdef extern from "bn_c/stream.h" nogil:
     enum:
@@ -131,6 +134,7 @@ cdef enum:
     GROUP = 1 << 18     # bytes of channels that are read together, from memory twice that: L2 holds what is beside the sample
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     PLACES = 64         # in the outer dimensions, from which these are at most
+    FEW_ELEMENTS = 512
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
 
 cdef enum Sum:
@@ -1393,7 +1397,7 @@ cdef once choose_centers(
         center[c] = <float> near if fabs(near) <= 1e37 else 0
 
 
-cdef bint found_all(
+cdef number_once found_all(
     const Sums *sums, double n, Py_ssize_t channels, const double *center, bint exact, double most, double *mean, double *m2,
 ) noexcept nogil:
     """The moments of the channels whose m2 is not known yet; whether all are now."""
@@ -1776,6 +1780,42 @@ cdef Py_ssize_t view_moments(
     return n
 
 
+cdef bint are_few(const Job *job) noexcept nogil:
+    """Planes whose columns, beside each other, would be more work than their elements are."""
+    return not job.channels_last and job.residual.data == NULL and job.outer * job.inner <= FEW_ELEMENTS \
+        and (job.outer == 1 or (job.outer < 8 and job.inner >= LANES))
+
+
+cdef Py_ssize_t moments_of_few(const Job *job, double *mean, double *m2) noexcept nogil:
+    """Their sums, in double, about the first element, which is at most sqrt(n) standard deviations from the mean."""
+    cdef float[FEW_ELEMENTS] storage
+    cdef double[FEW_ELEMENTS] center, deviations, squares
+    cdef Sums sums = Sums(&deviations[0], &squares[0])
+    cdef bint direct = job.outer_ndim <= 1 and is_run(&job.x, job.x.inner)
+    cdef Py_ssize_t n = job.outer * job.inner, most = FEW_ELEMENTS if direct else FEW_ELEMENTS // n
+    cdef Py_ssize_t plane = job.x.channel, row = job.x.outer[0], first = 0, some, c, position
+    cdef const char *x
+    while first < job.channels:
+        some = min(most, job.channels - first)
+        x = job.x.data + first * job.x.channel
+        if not direct:
+            plane = job.inner * 4
+            row = some * plane
+            for position in range(job.outer):
+                load(
+                    job.x.type, x + offset_in(job, &job.x, position), job.x.channel, job.x.inner,
+                    storage + position * some * job.inner, some, job.inner)
+            x = <const char *> storage
+        for c in range(some):
+            center[c] = (<const float *> x)[0] if isfinite((<const float *> x)[0]) else 0
+            bn_add_few(x, row, job.outer, job.inner, center[c], &deviations[c], &squares[c])
+            x += plane
+            m2[first + c] = NOT_A_NUMBER
+        found_all(&sums, n, some, center, True, 2, mean + first, m2 + first)
+        first += some
+    return n
+
+
 cdef View view_of(const Job *job) noexcept nogil:
     """The loops over a channel as they are."""
     cdef View view
@@ -1813,6 +1853,8 @@ cdef Py_ssize_t moments(const Job *job, Statistic statistic, double *mean, doubl
     cdef Thinned thinned_outer
     cdef const View *left_over = NULL
     cdef Py_ssize_t first = 0, most = 1, n = 0, eights = job.inner // PLANE * PLANE
+    if are_few(job):
+        return moments_of_few(job, mean, m2)
     if job.channels_last:
         most = WIDEST
         view.per_row = COLUMNS

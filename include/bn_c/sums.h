@@ -2,6 +2,13 @@
 #ifndef BN_C_SUMS_H
 #define BN_C_SUMS_H
 
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 /* Subtraction by the multipliers, where the adders have more to do: a * 1 - b is rounded once, so it is a -
  * b. AMD's and newer of Intel's CPUs have as many of the ones as of the others.
  * The 1 is not known to the compiler, or it would subtract. */
@@ -39,5 +46,73 @@ static const volatile float BN_ONE = 1;
 
 /* Of loops that are made for literal arguments: where compilers are left to choose, some are not. */
 #define BN_INLINED __attribute__((always_inline))
+
+/* Sums in eight parts, in vectors of the CPU's size: of loops over so few numbers GCC makes none, and of four
+ * numbers it converts two at a time. */
+#if defined(__AVX512F__)
+typedef __m512d bn_part;
+#define bn_part_from(x) _mm512_cvtps_pd(_mm256_loadu_ps(x))
+#define bn_halves(p) (_mm512_castpd512_pd256((p)[0]) + _mm512_extractf64x4_pd((p)[0], 1))
+#elif defined(__AVX__)
+typedef __m256d bn_part;
+#define bn_part_from(x) _mm256_cvtps_pd(_mm_loadu_ps(x))
+#define bn_halves(p) ((p)[0] + (p)[1])
+#else
+typedef double bn_part __attribute__((vector_size(16)));
+typedef float bn_two __attribute__((vector_size(8), aligned(4), may_alias));
+#define bn_part_from(x) __builtin_convertvector(*(const bn_two *)(x), bn_part)
+#endif
+typedef int64_t bn_mask __attribute__((vector_size(sizeof(bn_part)), aligned(8), may_alias));
+enum { BN_PART = sizeof(bn_part) / sizeof(double), BN_PARTS = 8 / BN_PART };
+
+static inline double bn_total(const bn_part *parts)
+{
+#if defined(bn_halves)
+    const __m256d halves = bn_halves(parts);
+    return (halves[0] + halves[2]) + (halves[1] + halves[3]);
+#else
+    const bn_part quarters = (parts[0] + parts[2]) + (parts[1] + parts[3]);
+    return quarters[0] + quarters[1];
+#endif
+}
+
+/* Adds those of eight numbers, of which a mask may select some. */
+static inline void bn_add_parts(const float *x, double center, const int64_t *mask, bn_part *deviations,
+                                bn_part *squares)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < BN_PARTS; i++) {
+        bn_part d = bn_part_from(x + i * BN_PART) - center;
+        if (mask)
+            d = (bn_part)((bn_mask)d & ((const bn_mask *)mask)[i]);
+        deviations[i] += d;
+        squares[i] += d * d;
+    }
+}
+
+/* The sums of numbers' deviations from a center and of their squares, in double. */
+static inline void bn_add_few(const char *x, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns,
+                              double center, double *deviations, double *squares)
+{
+    /* Selects the last c of eight from its place c on. */
+    static const int64_t last[15] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1};
+    bn_part of_deviations[BN_PARTS] = {{0}}, of_squares[BN_PARTS] = {{0}};
+    double deviation = 0, square = 0;
+    for (; rows > 0; rows--, x += stride) {
+        const float *row = (const float *)x;
+        ptrdiff_t i;
+        for (i = 0; i + 8 <= columns; i += 8)
+            bn_add_parts(row + i, center, NULL, of_deviations, of_squares);
+        if (i > 0 && i < columns)
+            bn_add_parts(row + columns - 8, center, last + columns % 8, of_deviations, of_squares);
+        for (; i < columns && columns < 8; i++) {
+            const double d = row[i] - center;
+            deviation += d;
+            square += d * d;
+        }
+    }
+    *deviations = bn_total(of_deviations) + deviation;
+    *squares = bn_total(of_squares) + square;
+}
 
 #endif
