@@ -54,13 +54,22 @@ def test_lengths_of_planes_and_rows(isa, size, dtype, rng):
 @pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
 @pytest.mark.parametrize("images", [1, 2, 3, 4, 7, 8, 9, 17, 40])
 def test_sizes_of_planes(isa, images, dtype, rng):
-    """Side by side, in strips, in rows of eight with a rest; more channels than are read together."""
-    for size in (31, 33, 63, 64, 65, 68, 95, 97, 196, 255, 256, 257, 289, 511, 512, 513, 784):
+    """One by one, side by side, in strips, in rows of eight with a rest; more channels than are read together."""
+    for size in (*range(1, 18), 25, 31, 33, 63, 64, 65, 68, 95, 97, 196, 255, 256, 257, 289, 511, 512, 513, 784):
         x = values(rng, (images, 19, size), dtype, offset=20)
         assert_exact(x)
         assert_exact(x[:, ::2])
         assert_exact(np.repeat(x, 2, 2)[..., ::2])
         assert_exact(np.concatenate([x, x], 2)[..., :size])
+
+
+@pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
+@pytest.mark.parametrize("shape", [(1, 1100, 5), (1, 520, 49), (2, 600, 9), (7, 515, 8), (3, 70, 11, 12)])
+def test_many_channels_of_few_elements(isa, shape, dtype, rng):
+    x = values(rng, shape, dtype, offset=20)
+    assert_exact(x)
+    assert_exact(x[::-1, ::-2, ..., ::-1])
+    assert_exact(x[..., 1:])
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
@@ -311,8 +320,9 @@ def test_the_same_statistics_from_every_function(isa, rng):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", ["c", "channels_last", "fortran", "sliced"])
 @pytest.mark.parametrize("position", [0, 5000, -1])
-def test_not_finite_values_stay_in_their_channel(isa, layout, dtype, value, position, rng):
-    x = LAYOUTS[layout](values(rng, (3, 5, 41, 83), dtype))
+@pytest.mark.parametrize("shape", [(3, 5, 41, 83), (2, 5, 9, 13)])
+def test_not_finite_values_stay_in_their_channel(isa, shape, layout, dtype, value, position, rng):
+    x = LAYOUTS[layout](values(rng, shape, dtype))
     y, stats = bn_c.batch_norm(x, return_stats=True)
     plane = x[:, 2]
     plane[np.unravel_index(position % plane.size, plane.shape)] = value
