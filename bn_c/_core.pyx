@@ -43,7 +43,8 @@ cdef extern from "numpy/arrayobject.h":
     ctypedef struct PyArray_Descr:
         pass
     enum:
-        NPY_BYTE, NPY_UBYTE, NPY_SHORT, NPY_USHORT, NPY_HALF, NPY_FLOAT, NPY_DOUBLE, NPY_KEEPORDER
+        NPY_BYTE, NPY_UBYTE, NPY_SHORT, NPY_USHORT, NPY_HALF, NPY_FLOAT, NPY_DOUBLE
+        NPY_KEEPORDER, NPY_ARRAY_WRITEABLE
     int _import_array() except -1
     int PyArray_NDIM(PyArrayObject *array)
     const Py_ssize_t *PyArray_DIMS(PyArrayObject *array)
@@ -53,6 +54,7 @@ cdef extern from "numpy/arrayobject.h":
     bint PyArray_ISNOTSWAPPED(PyArrayObject *array)
     bint PyArray_ISWRITEABLE(PyArrayObject *array)
     int PyArray_FailUnlessWriteable(PyArrayObject *array, const char *name) except -1
+    void PyArray_CLEARFLAGS(PyArrayObject *array, int flags)
     object PyArray_NewLikeArray(PyArrayObject *prototype, int order, PyArray_Descr *stolen_dtype, int subok)
     ctypedef struct PyDataMemAllocator:
         void *ctx
@@ -162,7 +164,7 @@ cdef struct Arrays:
     View out
 
 
-cdef int type_code(int number) noexcept:
+cdef inline int type_code(int number) noexcept:
     """Of a NumPy type; ABSENT if the loops do not read it."""
     if number == NPY_FLOAT:
         return FLOAT32
@@ -179,7 +181,12 @@ cdef int type_code(int number) noexcept:
     return ABSENT
 
 
-cdef bint is_aligned(const View *view) noexcept nogil:
+cdef inline double *doubles_of(array) noexcept:
+    """Of an array that was made here."""
+    return <double *> PyArray_BYTES(<PyArrayObject *> array)
+
+
+cdef inline bint is_aligned(const View *view) noexcept nogil:
     cdef size_t places = <size_t> view.data
     cdef int d
     for d in range(view.ndim):
@@ -218,7 +225,7 @@ cdef int take_array(View *view, Operand *operand, str name, array, bint writable
     return 0
 
 
-cdef bint has_shape_of(const View *x, const View *view) noexcept nogil:
+cdef inline bint has_shape_of(const View *x, const View *view) noexcept nogil:
     cdef int d
     cdef bint same = view.ndim == x.ndim
     for d in range(x.ndim if same else 0):
@@ -234,7 +241,7 @@ cdef int same_shape(str name, const View *view, const View *x) except -1:
     return 0
 
 
-cdef void extent(const View *view, size_t *low, size_t *high) noexcept nogil:
+cdef inline void extent(const View *view, size_t *low, size_t *high) noexcept nogil:
     """The addresses from the first byte to behind the last."""
     cdef int d
     cdef Py_ssize_t length
@@ -560,11 +567,8 @@ cdef class Folded:
         return self
 
     cdef object copy_of(self, int row):
-        cdef double[::1] copy
         result = np.empty(self.channels)
-        if self.channels > 0:
-            copy = result
-            memcpy(&copy[0], self.row(row), self.channels * sizeof(double))
+        memcpy(doubles_of(result), self.row(row), self.channels * sizeof(double))
         return result
 
     def statistics(self):
@@ -572,17 +576,17 @@ cdef class Folded:
         return self.count, self.copy_of(MEAN), self.copy_of(VAR)
 
     cdef object moved(self, running, const double *batch, double divisor, double weight):
-        """(1 - weight) * running + weight * batch / divisor, in double, as a read-only float32 array."""
-        cdef const float[::1] old = running
-        result = np.empty(self.channels, float32)
-        cdef float[::1] new = result
+        """(1 - weight) * running + weight * batch / divisor, in double, as a read-only array like `running`, a layer's."""
+        cdef const float *old = <const float *> PyArray_BYTES(<PyArrayObject *> running)
+        result = new_out(running, FLOAT32, None, self.channels)
+        cdef float *new = <float *> PyArray_BYTES(<PyArrayObject *> result)
         cdef Py_ssize_t c
         cdef bn_fp_state state
         bn_fp_enter(&state)
         for c in range(self.channels):
             new[c] = <float> ((1 - weight) * old[c] + weight * (batch[c] / divisor))
         bn_fp_leave(&state)
-        result.flags.writeable = False
+        PyArray_CLEARFLAGS(<PyArrayObject *> result, NPY_ARRAY_WRITEABLE)
         return result
 
     def running(self, running_mean, running_var, double weight, bint unbiased):
@@ -660,6 +664,14 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         fold_moments(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
         kernels.normalize(&unit)
         start = stop
+
+
+cdef void want_moments(Work *work, double *mean, double *m2) noexcept nogil:
+    work.task = STATISTICS
+    work.statistic = MOMENTS
+    work.mean = mean
+    work.m2 = m2
+    work.counted = 0
 
 
 cdef void run(Work *work) noexcept nogil:
@@ -1030,20 +1042,17 @@ cdef int run_pieces_in_threads(Work *work, Py_ssize_t pieces, int threads) excep
 cdef int run_moments(Work *work, double *mean, double *m2, int passes, int threads) except -1:
     """The statistics, by a call with so many passes over x."""
     cdef Py_ssize_t pieces = pieces_of(&work.statistics)
-    cdef double[::1] found
-    work.task = STATISTICS
-    work.statistic = MOMENTS
-    work.mean = mean
-    work.m2 = m2
-    work.counted = 0
+    cdef double *doubles
+    want_moments(work, mean, m2)
     if pieces < 2:
         run_parts(work, CHANNELS, passes, threads)
     elif threads > 1 and repays_threads(size_of(&work.statistics) * passes):
         run_pieces_in_threads(work, pieces, threads)
     else:
         found = np.empty(4 * work.statistics.channels)
+        doubles = doubles_of(found)
         with nogil:
-            run_pieces(work, pieces, &found[0])
+            run_pieces(work, pieces, doubles)
     return 0
 
 
@@ -1218,18 +1227,17 @@ def moments(x, mask, Py_ssize_t counted, Py_ssize_t axis, channels, int threads)
     cdef Arrays arrays
     cdef Work work
     cdef Job *job = &work.statistics
-    cdef double[:, ::1] result
     cdef Py_ssize_t count = 0
     at = take_input(&arrays, job, x, axis, ABSENT if channels is None else channels)
     take_mask(&arrays, job, mask)
-    table = np.zeros((2, arrays.x.shape[at]))
+    mean = np.zeros(arrays.x.shape[at])
+    m2 = np.zeros(arrays.x.shape[at])
     if elements(&arrays.x) > 0:
         count = elements(&arrays.x) // arrays.x.shape[at] if mask is None else counted
     if count > 0:
-        result = table
         lay_out_statistics(job, &arrays, at, arrays.x.len)
-        run_moments(&work, &result[0, 0], &result[1, 0], 1, threads)
-    return count, table[0], table[1]
+        run_moments(&work, doubles_of(mean), doubles_of(m2), 1, threads)
+    return count, mean, m2
 
 
 def merge(
@@ -1626,11 +1634,7 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
         if found == NULL:
             return BN_NO_MEMORY
     count[0] = elements(&arrays.x) // channels
-    work.task = STATISTICS
-    work.statistic = MOMENTS
-    work.mean = mean
-    work.m2 = m2
-    work.counted = 0
+    want_moments(&work, mean, m2)
     if pieces == 1:
         run(&work)
     else:

@@ -850,6 +850,11 @@ cdef inline inlined normalize_column(
         y[i * y_stride] = <float> (gamma * ((<double> x[i * stride] - mean) / std) + beta)
 
 
+cdef inline bint is_wide(const Coefficients *k, Py_ssize_t channel) noexcept nogil:
+    """Whether it is computed in double."""
+    return k.scale[channel] != k.scale[channel]
+
+
 cdef once normalize_wide(
     const float *x, Py_ssize_t stride, apart y, Py_ssize_t rows, Py_ssize_t columns, const Coefficients *k,
     Py_ssize_t first, int step,
@@ -863,7 +868,7 @@ cdef once normalize_wide(
     each.step.x = stride * 4
     normalize_loops(x, NULL, y, rows * columns, &each, k.center + first, k.scale + first, k.shift + first, 1, &NOTHING)
     for c in range(columns):
-        if k.scale[first + c] != k.scale[first + c]:
+        if is_wide(k, first + c):
             normalize_column(x + c, stride, y + c, columns, rows, k, first + c)
 
 
@@ -1154,10 +1159,6 @@ cdef void normalize_alike(const Job *job) noexcept nogil:
         normalize_planes(job)
 
 
-cdef inline bint is_wide(const Job *job, Py_ssize_t channel) noexcept nogil:
-    return job.coefficients.scale[channel] != job.coefficients.scale[channel]
-
-
 cdef void normalize(const Job *job) noexcept nogil:
     """Where a channel is computed in double, planes that are so apart from others, rows in strips that have such or not."""
     cdef Job part
@@ -1167,10 +1168,10 @@ cdef void normalize(const Job *job) noexcept nogil:
         normalize_alike(job)
         start = job.channels
     while start < job.channels:
-        wide = is_wide(job, start)
+        wide = is_wide(&job.coefficients, start)
         stop = start + 1
-        while stop < job.channels and (stop % STRIP > 0 if job.channels_last else is_wide(job, stop) == wide):
-            wide |= is_wide(job, stop)
+        while stop < job.channels and (stop % STRIP > 0 if job.channels_last else is_wide(&job.coefficients, stop) == wide):
+            wide |= is_wide(&job.coefficients, stop)
             stop += 1
         part = job[0]
         take_channels(&part, start, stop)

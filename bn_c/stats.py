@@ -50,7 +50,7 @@ class BatchStats:
     @classmethod
     def of(cls, count: int, mean: Doubles, m2: Doubles) -> BatchStats:
         """The statistics of `count` elements per channel; `m2` is the sum of squared deviations."""
-        return cls.__new__(cls)._set(count, mean, np.zeros_like(mean), m2)
+        return cls.__new__(cls)._set(count, mean, np.zeros(len(mean)), m2)
 
     def _set(self, count: int, mean: Doubles, rest: Doubles, m2: Doubles) -> BatchStats:
         self._count, self._mean, self._rest, self._m2 = count, mean, rest, m2
