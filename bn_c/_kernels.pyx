@@ -1440,11 +1440,12 @@ cdef number_once found_all(
 
 
 cdef bint may_be_found(const Sums *sums, Py_ssize_t channels, const double *m2) noexcept nogil:
-    """Whether other centers may tell more of what is unknown: of zeros, and what is nearly 0, none does."""
+    """Whether other centers may tell more of what is unknown. Of zeros, and what is nearly 0, none does; of infinities
+    and NaN none."""
     cdef Py_ssize_t c
     cdef bint may = False
     for c in range(channels):
-        may |= (m2[c] != m2[c]) & (sums.squares[c] != 0)
+        may |= (m2[c] != m2[c]) & (0 < sums.squares[c] < INFINITY)
     return may
 
 
@@ -1796,7 +1797,12 @@ cdef Py_ssize_t view_moments(
         n = add_all(view, rest, kind, center, &sums)
         if n == 0 or found_all(&sums, n, view.channels, center, exact, most, mean, m2) or attempt == 3:
             break
-        attempt = attempt + 1 if attempt > 0 or may_be_found(&sums, view.channels, m2) else 2
+        if may_be_found(&sums, view.channels, m2):
+            attempt += 1
+        elif attempt < 2:
+            attempt = 2
+        else:
+            break
         for c in range(view.channels):
             values[c] = <float> mean[c]
             center[c] = mean[c] if isfinite(mean[c]) else 0
@@ -1935,7 +1941,7 @@ cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double e
         # `|` and `&`: without branches the loop is vectorised
         safe = ((fabs(scale) >= 1e-30) | (scale == 0)) & (fabs(scale) <= 1e30) & (fabs(k.mean[c]) <= 1e30) \
             & ((fabs(shift) >= 1e-37) | (shift == 0)) & (fabs(shift) <= 1e37)
-        wide |= not safe
+        wide |= (not safe) & (scale == scale)           # of NaN all is NaN
         k.scale[c] = <float> scale if safe else NOT_A_NUMBER
         k.shift[c] = <float> shift
     k.wide = wide
