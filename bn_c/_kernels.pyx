@@ -222,7 +222,10 @@ cdef inline void load_numbers(
     elif (number is float or loaded is uint16_t) and stride == 2 * <Py_ssize_t> sizeof(number):
         load_grid(source, row_stride, 2 * <Py_ssize_t> sizeof(number), to, rows, columns)
     elif (number is uint8_t or number is float or loaded is uint16_t) and stride == -<Py_ssize_t> sizeof(number):
-        load_grid(source, row_stride, -<Py_ssize_t> sizeof(number), to, rows, columns)
+        if (number is float or loaded is uint16_t) and columns == 3:
+            load_grid(source, row_stride, -<Py_ssize_t> sizeof(number), to, rows, 3)
+        else:
+            load_grid(source, row_stride, -<Py_ssize_t> sizeof(number), to, rows, columns)
     else:
         load_grid(source, row_stride, stride, to, rows, columns)
 

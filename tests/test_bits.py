@@ -242,6 +242,16 @@ def test_any_layout_in_inference(isa, layout, dtype, out_dtype):
     assert all_bits(inference(LAYOUTS[layout](x), **options)) == all_bits(inference(x, **options))
 
 
+@pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 64, 128])
+def test_channels_in_reverse(isa, channels, dtype):
+    """BGR, as OpenCV reads it, as RGB."""
+    x = numbers(0, (2, 37, 23, channels), dtype)
+    reverse, copy = x[..., ::-1], x[..., ::-1].copy()
+    options = {**given(channels), "axis": -1}
+    assert bits(bn_c.batch_norm_inference(reverse, **options)) == bits(bn_c.batch_norm_inference(copy, **options))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, -1])
 def test_any_axis_in_inference(isa, axis):
     x = numbers(0, (5, 21, 9, 33))
