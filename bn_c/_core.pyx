@@ -472,7 +472,7 @@ cdef Coefficients coefficients_in(double *rows, Py_ssize_t channels) noexcept no
 cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double eps) noexcept nogil:
     cdef bn_fp_state state
     bn_fp_enter(&state)
-    kernels.fold(k, channels, var, eps)
+    kernels.fold(k, channels, var, 1, eps)
     bn_fp_leave(&state)
 
 
@@ -632,14 +632,6 @@ cdef struct Work:
     double eps
 
 
-cdef void fold_moments(Coefficients *k, Py_ssize_t channels, const double *m2, double count, double eps) noexcept nogil:
-    """As `fold`, of statistics as they merge. The variances need no place of their own: std comes where they were."""
-    cdef Py_ssize_t c
-    for c in range(channels):
-        k.std[c] = m2[c] / count
-    kernels.fold(k, channels, k.std, eps)
-
-
 cdef void normalize_units(const Work *work) noexcept nogil:
     cdef Job unit, statistics
     cdef const Job *x = &work.statistics
@@ -661,7 +653,7 @@ cdef void normalize_units(const Work *work) noexcept nogil:
         kernels.moments(&statistics, MOMENTS, unit.coefficients.mean, work.m2 + start)
         if step < work.job.channels:
             unit.far = False                # the statistics have just read it
-        fold_moments(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
+        kernels.fold(&unit.coefficients, unit.channels, work.m2 + start, work.count, work.eps)
         kernels.normalize(&unit)
         start = stop
 
@@ -1068,7 +1060,7 @@ cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1
         return 0
     run_moments(work, folded.row(MEAN), work.m2, 2, threads)
     bn_fp_enter(&state)
-    fold_moments(&folded.k, folded.channels, work.m2, work.count, eps)
+    kernels.fold(&folded.k, folded.channels, work.m2, work.count, eps)
     bn_fp_leave(&state)
     work.job.coefficients = folded.k
     work.task = NORMALIZE

@@ -1932,12 +1932,12 @@ cdef Py_ssize_t moments(const Job *job, Statistic statistic, double *mean, doubl
 
 # ---- fold -------------------------------------------------------------------------------------------
 
-cdef void fold(Coefficients *k, Py_ssize_t channels, const double *var, double eps) noexcept nogil:
+cdef void fold(Coefficients *k, Py_ssize_t channels, const double *m2, double count, double eps) noexcept nogil:
     cdef Py_ssize_t c
     cdef double scale, shift
     cdef int safe, wide = 0
     for c in range(channels):
-        k.std[c] = sqrt(var[c] + eps)
+        k.std[c] = sqrt(m2[c] / count + eps)
         scale = k.gamma[c] / k.std[c]
         k.center[c] = <float> k.mean[c]
         shift = k.beta[c] - (k.mean[c] - k.center[c]) * scale

@@ -82,8 +82,8 @@ cdef struct Kernels:
     void (*normalize)(const Job *job) noexcept nogil
     # Returns how many elements of each channel count.
     Py_ssize_t (*moments)(const Job *job, Statistic statistic, double *mean, double *m2) noexcept nogil
-    # var may be coefficients.std itself.
-    void (*fold)(Coefficients *coefficients, Py_ssize_t channels, const double *var, double eps) noexcept nogil
+    # Of variances m2 / count.
+    void (*fold)(Coefficients *coefficients, Py_ssize_t channels, const double *m2, double count, double eps) noexcept nogil
     void (*images)(const Images *images) noexcept nogil
 
 
