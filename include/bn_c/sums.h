@@ -7,6 +7,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 /* Subtraction by the multipliers, where the adders have more to do: a * 1 - b is rounded once, so it is a -
@@ -47,8 +49,8 @@ static const volatile float BN_ONE = 1;
 /* Of loops that are made for literal arguments: where compilers are left to choose, some are not. */
 #define BN_INLINED __attribute__((always_inline))
 
-/* Sums in eight parts, in vectors of the CPU's size: of loops over so few numbers GCC makes none, and of four
- * numbers it converts two at a time. */
+/* Sums in eight parts, in vectors of the CPU's size: of loops over so few numbers GCC makes none, and it
+ * converts two of four at a time, for ARM one of two. */
 #if defined(__AVX512F__)
 typedef __m512d bn_part;
 #define bn_part_from(x) _mm512_cvtps_pd(_mm256_loadu_ps(x))
@@ -57,6 +59,9 @@ typedef __m512d bn_part;
 typedef __m256d bn_part;
 #define bn_part_from(x) _mm256_cvtps_pd(_mm_loadu_ps(x))
 #define bn_halves(p) ((p)[0] + (p)[1])
+#elif defined(__aarch64__)
+typedef float64x2_t bn_part;
+#define bn_part_from(x) vcvt_f64_f32(vld1_f32(x))
 #else
 typedef double bn_part __attribute__((vector_size(16)));
 typedef float bn_two __attribute__((vector_size(8), aligned(4), may_alias));
