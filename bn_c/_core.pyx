@@ -936,14 +936,6 @@ cdef Py_ssize_t pieces_of(const Job *statistics) noexcept nogil:
     return max(pieces, <Py_ssize_t> 1)
 
 
-cdef Work piece_of_work(const Work *work, Py_ssize_t index, Py_ssize_t pieces, double *found) noexcept nogil:
-    """What it finds comes into `found`, two numbers for each channel."""
-    cdef Work piece = part_of_work(work, longest_loop(&work.statistics), index, pieces)
-    piece.mean = found
-    piece.m2 = found + work.statistics.channels
-    return piece
-
-
 cdef void merge_piece(Work *work, const Work *piece) noexcept nogil:
     """The next piece's moments join those of the ones before, of which there are work.counted elements so far."""
     cdef Py_ssize_t c
@@ -959,16 +951,7 @@ cdef void merge_piece(Work *work, const Work *piece) noexcept nogil:
     bn_fp_leave(&state)
 
 
-cdef void begin_halves(Work *work, Work *halves) noexcept nogil:
-    cdef int half
-    work.statistic = CENTERS
-    run(work)
-    for half in range(2):
-        halves[half].statistic = SUMS
-        memcpy(halves[half].mean, work.mean, work.statistics.channels * sizeof(double))
-
-
-cdef void end_halves(Work *work, const Work *halves) noexcept nogil:
+cdef void join_halves(Work *work, const Work *halves) noexcept nogil:
     """The moments of both; those of all again where the centers were too far off."""
     cdef Work again = work[0]
     cdef Py_ssize_t c
@@ -994,57 +977,54 @@ cdef void end_halves(Work *work, const Work *halves) noexcept nogil:
             work.m2[c] = again.m2[c]
 
 
-cdef void run_pieces(Work *work, Py_ssize_t pieces, double *found) noexcept nogil:
-    """The statistics, piece by piece; `found` is for what two of them find."""
-    cdef Py_ssize_t index
-    cdef Work[2] piece
-    if in_halves(&work.statistics):
-        for index in range(2):
-            piece[index] = piece_of_work(work, index, 2, found + index * 2 * work.statistics.channels)
-        begin_halves(work, piece)
-        run(&piece[0])
-        run(&piece[1])
-        end_halves(work, piece)
-        return
-    for index in range(pieces):
-        piece[0] = piece_of_work(work, index, pieces, found)
-        run(piece)
-        merge_piece(work, piece)
+cdef void begin_pieces(Work *work, Work *pieces, Py_ssize_t count, double *found) noexcept nogil:
+    """Makes works of the statistics that `end_pieces` joins. In `found` is room for two numbers per channel of each."""
+    cdef Py_ssize_t channels = work.statistics.channels, index
+    cdef bint halves = in_halves(&work.statistics)
+    if halves:
+        work.statistic = CENTERS
+        run(work)
+    for index in range(count):
+        pieces[index] = part_of_work(work, longest_loop(&work.statistics), index, count)
+        pieces[index].mean = found + 2 * index * channels
+        pieces[index].m2 = pieces[index].mean + channels
+        if halves:
+            pieces[index].statistic = SUMS
+            memcpy(pieces[index].mean, work.mean, channels * sizeof(double))
 
 
-cdef int run_pieces_in_threads(Work *work, Py_ssize_t pieces, int threads) except -1:
-    cdef double[:, ::1] found = np.empty((pieces, 2 * work.statistics.channels))
-    cdef Works parts = Works.__new__(Works, pieces)
+cdef void end_pieces(Work *work, const Work *pieces, Py_ssize_t count) noexcept nogil:
     cdef Py_ssize_t index
-    for index in range(pieces):
-        parts.works[index] = piece_of_work(work, index, pieces, &found[index, 0])
     if in_halves(&work.statistics):
-        with nogil:
-            begin_halves(work, parts.works)
+        join_halves(work, pieces)
+    else:
+        for index in range(count):
+            merge_piece(work, &pieces[index])
+
+
+cdef int run_pieces(Work *work, Py_ssize_t count, int threads) except -1:
+    cdef Works parts = Works.__new__(Works, count)
+    found = np.empty((count, 2 * work.statistics.channels))
+    cdef double *doubles = doubles_of(found)
+    with nogil:
+        begin_pieces(work, parts.works, count, doubles)
+        if threads == 1:
+            parts.work()
+    if threads > 1:
         _threads.run(parts, threads)
-        with nogil:
-            end_halves(work, parts.works)
-        return 0
-    _threads.run(parts, threads)
-    for index in range(pieces):
-        merge_piece(work, &parts.works[index])
+    with nogil:
+        end_pieces(work, parts.works, count)
     return 0
 
 
 cdef int run_moments(Work *work, double *mean, double *m2, int passes, int threads) except -1:
     """The statistics, by a call with so many passes over x."""
     cdef Py_ssize_t pieces = pieces_of(&work.statistics)
-    cdef double *doubles
     want_moments(work, mean, m2)
-    if pieces < 2:
+    if pieces == 1:
         run_parts(work, CHANNELS, passes, threads)
-    elif threads > 1 and repays_threads(size_of(&work.statistics) * passes):
-        run_pieces_in_threads(work, pieces, threads)
     else:
-        found = np.empty(4 * work.statistics.channels)
-        doubles = doubles_of(found)
-        with nogil:
-            run_pieces(work, pieces, doubles)
+        run_pieces(work, pieces, threads if threads > 1 and repays_threads(size_of(&work.statistics) * passes) else 1)
     return 0
 
 
@@ -1600,8 +1580,8 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
     cdef Arrays arrays
     cdef Work work
     cdef Job *job = &work.statistics
-    cdef Py_ssize_t channels, pieces
-    cdef double *found = NULL
+    cdef Work *parts
+    cdef Py_ssize_t channels, pieces, index
     cdef int at, error
     if count == NULL or mean == NULL or m2 == NULL:
         return BN_NULL
@@ -1620,18 +1600,20 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
         memset(m2, 0, channels * sizeof(double))
         return BN_OK
     lay_out_statistics(job, &arrays, at, arrays.x.len)
-    pieces = pieces_of(job)
-    if pieces > 1:
-        found = <double *> malloc(4 * channels * sizeof(double))
-        if found == NULL:
-            return BN_NO_MEMORY
     count[0] = elements(&arrays.x) // channels
     want_moments(&work, mean, m2)
+    pieces = pieces_of(job)
     if pieces == 1:
         run(&work)
-    else:
-        run_pieces(&work, pieces, found)
-        free(found)
+        return BN_OK
+    parts = <Work *> malloc(pieces * (sizeof(Work) + 2 * channels * sizeof(double)))
+    if parts == NULL:
+        return BN_NO_MEMORY
+    begin_pieces(&work, parts, pieces, <double *> (parts + pieces))
+    for index in range(pieces):
+        run(&parts[index])
+    end_pieces(&work, parts, pieces)
+    free(parts)
     return BN_OK
 
 
