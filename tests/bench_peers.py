@@ -37,6 +37,8 @@ SPEED = (
     Case("6 MB", (32, 256, 14, 14), batch=True),
     Case("1 MB", (256, 1024), batch=True),
     Case("2 MB", (100_000, 4), batch=True),
+    Case("one image", (1, 512, 7, 7), batch=True),
+    Case("one image", (1, 28, 28, 128), -1, batch=True),
     Case("51 MB", NCHW, dtype="float16", batch=True),
     Case("51 MB", NHWC, -1, dtype="float16", batch=True),
     Case("6 MB", (8, 64, 56, 56), batch=True, fused=True),
