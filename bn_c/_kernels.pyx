@@ -14,8 +14,8 @@
 #    of planes with gaps between them; those of
 #    two strips of COLUMNS and more are added strip by strip to the same sums. A long plane is cut into rows of
 #    COLUMNS, and what its eights of rows leave over is added like a short plane.
-#    The columns of a channel are added up at the end. So there is no loop over one single sum, and every instruction
-#    set vectorises the same additions in the same order: the same bits.
+#    The columns of a channel are added up at the end. Of few elements there are eight sums, in double. So there is no
+#    loop over one single sum, and every instruction set vectorises the same additions in the same order: the same bits.
 # c. Errors. A deviation (2^-24, twice when squared), its square (2^-24) and a tree of four of them (2 * 2^-24)
 #    round in float, what follows is double: var is within 5 * 2^-24 = 3e-7. Integers have whole numbers as centers:
 #    squares of 8 bits, and trees of four of them, are exact in float, those of 16 bits in double. Channels whose squares
@@ -119,7 +119,7 @@ cdef enum:
     LINE = 16           # floats of a cache line
     TWO_LINES = 2 * LINE
     FOUR_LINES = 4 * LINE
-    STRIPS = 4096       # elements of rows that are normalised strip by strip, FOUR_LINES wide: they stay in L1
+    TOGETHER = 4096     # elements of rows that are normalised strip by strip, FOUR_LINES wide: they stay in L1
     NEAR = 1 << 17      # elements that the second cache holds: what comes from further off is to come in order
     STRIP = 128         # columns of a strip of rows, some of which are computed in double
     PATTERN = 512       # coefficients of a row, repeated for several rows of few channels
@@ -136,7 +136,7 @@ cdef enum:
     GROUP = 1 << 18     # bytes of channels that are read together, from memory twice that: L2 holds what is beside the sample
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     PLACES = 64         # in the outer dimensions, from which these are at most
-    FEW_ELEMENTS = 512
+    FEW_ELEMENTS = 512  # of a channel: up to these are added in double, channel by channel
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
 
 cdef enum Sum:
@@ -397,11 +397,11 @@ cdef inline inlined normalize_rows_of(
 ) noexcept nogil:
     cdef Py_ssize_t some, column
     if step == 1 and stride == 1 and (kind <= CLIP or kind == BN_AT_LEAST) and rows.columns % FOUR_LINES == 0 \
-            and (rows.columns == FOUR_LINES or (residual == NULL and rows.columns <= PATTERN and n <= NEAR)):
+            and (rows.columns == FOUR_LINES or (residual == NULL and 8 * rows.columns <= TOGETHER and n <= NEAR)):
         while n >= rows.columns:
             some = n // rows.columns
             if rows.columns > FOUR_LINES:
-                some = min(some, STRIPS // rows.columns)
+                some = min(some, TOGETHER // rows.columns)
             column = 0
             while column < rows.columns:
                 normalize_strip(

@@ -54,11 +54,11 @@ static const volatile float BN_ONE = 1;
 #if defined(__AVX512F__)
 typedef __m512d bn_part;
 #define bn_part_from(x) _mm512_cvtps_pd(_mm256_loadu_ps(x))
-#define bn_halves(p) (_mm512_castpd512_pd256((p)[0]) + _mm512_extractf64x4_pd((p)[0], 1))
+#define bn_half_sums(p) (_mm512_castpd512_pd256((p)[0]) + _mm512_extractf64x4_pd((p)[0], 1))
 #elif defined(__AVX__)
 typedef __m256d bn_part;
 #define bn_part_from(x) _mm256_cvtps_pd(_mm_loadu_ps(x))
-#define bn_halves(p) ((p)[0] + (p)[1])
+#define bn_half_sums(p) ((p)[0] + (p)[1])
 #elif defined(__aarch64__)
 typedef float64x2_t bn_part;
 #define bn_part_from(x) vcvt_f64_f32(vld1_f32(x))
@@ -72,8 +72,8 @@ enum { BN_PART = sizeof(bn_part) / sizeof(double), BN_PARTS = 8 / BN_PART };
 
 static inline double bn_total(const bn_part *parts)
 {
-#if defined(bn_halves)
-    const __m256d halves = bn_halves(parts);
+#if defined(bn_half_sums)
+    const __m256d halves = bn_half_sums(parts);
     return (halves[0] + halves[2]) + (halves[1] + halves[3]);
 #else
     const bn_part quarters = (parts[0] + parts[2]) + (parts[1] + parts[3]);
