@@ -1360,6 +1360,7 @@ cdef widest add_squares_of_strips(
     cdef Py_ssize_t some, left, columns, c
     cdef const float *strip
     cdef const float *about
+    cdef float one = BN_ONE
     cdef Sums at
     while rows > 0:
         some = min(<Py_ssize_t> 8, rows)
@@ -1368,14 +1369,17 @@ cdef widest add_squares_of_strips(
             about = center + c * COLUMNS
             at = sums_at(sums, c * COLUMNS)
             left = width
+            while some == 8 and left >= COLUMNS:
+                add_eight(strip, stride, COLUMNS, about, at.deviations, at.squares, True, one)
+                strip += COLUMNS
+                left -= COLUMNS
+            if some == 8 and left == 4:                 # the end of 14 x 14
+                add_eight(strip, stride, 4, about, at.deviations, at.squares, True, one)
+                strip += 4
+                left = 0
             while left > 0:
                 columns = min(left, <Py_ssize_t> COLUMNS)
-                if some == 8 and columns == COLUMNS:
-                    add_block(strip, stride, 8, COLUMNS, about, &at, True, 0)
-                elif some == 8 and columns == 4:        # the end of 14 x 14
-                    add_block(strip, stride, 8, 4, about, &at, True, 0)
-                else:
-                    add_block(strip, stride, some, columns, about, &at, True, 0)
+                add_block(strip, stride, some, columns, about, &at, True, 0)
                 strip += columns
                 left -= columns
         x += some * stride
