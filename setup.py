@@ -29,7 +29,8 @@ FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fno-asynchronous-unwind-tables"]
 # The same short loops took 1.2 to 1.45 x as long where what is before them had moved them within a line.
 FAST = ["-O3", "-falign-functions=64", "-falign-loops=64"]
-# Mostly calls: small functions inlined made a wheel 6 kB larger and calls no faster.
+# Mostly calls: small functions inlined made a wheel 6 kB larger and calls no faster. Aligned ones take 0.20 us whatever
+# is before them, or up to 0.23; loops over channels that are not vectorised made training (9, 2048) 1.2 x slower.
 SMALL = ["-O2", "-fno-inline-small-functions", "-falign-functions=64", "-ftree-vectorize"]
 # Not by importing it: where this is cross-compiled it is another architecture's.
 NUMPY_INCLUDE = Path(find_spec("numpy").origin).parent / "_core" / "include"

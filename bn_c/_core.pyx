@@ -115,9 +115,9 @@ cdef enum:
 cdef const Kernels *kernels = NULL
 cdef Py_ssize_t caches = 0                  # bytes of the last one, of which a call may have three quarters
 cdef Py_ssize_t second_cache = 0
-# Elements, for each pass over x: below, waking threads (some 30 us) costs more than they do; below half of
-# that, so do threads that are awake.
-cdef Py_ssize_t parallel_from = 1 << 20
+# Elements that a call reads, twice for statistics and y: below, to wake threads costs more than they do; below half of
+# that, so may threads that are awake.
+cdef Py_ssize_t parallel_from = 1 << 19
 cdef Py_ssize_t calls_between = 0           # on so many that only threads that are awake repay
 cdef object ndarray = np.ndarray
 cdef object float32 = np.dtype(np.float32)
@@ -721,12 +721,16 @@ cdef class Parts:
     cdef void run_part(self, Py_ssize_t index) noexcept nogil:
         pass
 
-    def run(self, tuple helpers, Py_ssize_t wanted):
-        """Runs all parts, with up to that many of the helpers.
+    cdef int run(self, Py_ssize_t threads) except -1:
+        """Runs all parts, on at most that many threads, one of which is the caller's.
 
         Returns when all are done, whatever signals come: they write to the caller's arrays.
         """
+        cdef Py_ssize_t wanted = min(threads, self.count) - 1
+        cdef tuple helpers = _threads.helpers
         cdef Helper helper
+        if len(helpers) < wanted:
+            helpers = _threads.grow(wanted)
         for helper in helpers:
             if wanted > 0 and helper.offer(self):
                 wanted -= 1
@@ -734,7 +738,7 @@ cdef class Parts:
             self.work()
         for helper in helpers:
             helper.withdraw(self)
-        self.finish()
+        return self.finish()
 
     cdef void work(self) noexcept nogil:
         cdef Py_ssize_t index = 0
@@ -792,10 +796,6 @@ cdef class Helper:
         if self.sleeping != NULL:
             PyThread_free_lock(self.sleeping)
 
-    def is_awake(self):
-        """Or busy."""
-        return bn_load(&self.state) != ASLEEP
-
     def serve(self):
         """What its thread does; never returns."""
         with nogil:
@@ -828,6 +828,15 @@ cdef class Helper:
             (<Parts> <void *> at).help()
             bn_store(&self.state, AWAKE)
             bn_add(&(<Parts> <void *> at).helpers, -1)  # from here on they may be gone
+
+
+def are_awake(tuple helpers):
+    """Whether one of them is, or is busy."""
+    cdef Helper helper
+    for helper in helpers:
+        if bn_load(&helper.state) != ASLEEP:
+            return True
+    return False
 
 
 cdef Work part_of_work(const Work *work, int loop, Py_ssize_t index, Py_ssize_t count) noexcept nogil:
@@ -869,14 +878,19 @@ cdef Works parts_of(const Work *work, int loop, Py_ssize_t count):
     return parts
 
 
-cdef bint repays_threads(Py_ssize_t size) except -1:
-    """Whether so many elements are for several threads.
+cdef int repaid(int threads, Py_ssize_t size) except -1:
+    """As many of these threads (0: the default's) as repay themselves for a call that reads so many elements: all or one.
 
-    Calls between the two sizes are if they find some awake, as those that follow each other do; one in 16 wakes them.
+    Calls between the two sizes are for them if they find some awake, as those that follow each other do; one in 32 wakes
+    them.
     """
-    if size >= parallel_from or size < parallel_from // 2:
-        return size >= parallel_from
-    return bn_add(&calls_between, 1) % 16 == 0 or _threads.are_awake()
+    if size < parallel_from // 2:
+        return 1
+    if threads == 0:
+        threads = _threads.get_num_threads()
+    if threads == 1 or size >= parallel_from or bn_add(&calls_between, 1) % 32 == 0 or are_awake(_threads.helpers):
+        return threads
+    return 1
 
 
 cdef Py_ssize_t count_parts(const Job *job, int loop, Py_ssize_t threads) noexcept nogil:
@@ -892,17 +906,13 @@ cdef Py_ssize_t count_parts(const Job *job, int loop, Py_ssize_t threads) noexce
     return max(count, <Py_ssize_t> 1)
 
 
-cdef int run_parts(Work *work, int loop, int passes, int threads) except -1:
-    """Runs all of the work, of a call with so many passes over x; with several threads, in parts of one of its loops.
-    0 threads are the default's."""
+cdef int run_parts(Work *work, int loop, int threads) except -1:
+    """Runs all of the work; with several threads, in parts of one of its loops."""
     cdef const Job *job = &work.statistics if work.task == STATISTICS else &work.job
-    cdef Py_ssize_t size = size_of(job) * passes, count
-    if threads == 0:
-        threads = _threads.get_num_threads() if size >= parallel_from // 2 else 1
-    count = count_parts(job, loop, threads) if threads > 1 else 1
-    if count > 1 and repays_threads(size):
-        _threads.run(parts_of(work, loop, count), threads)
-    elif size >= RELEASE_GIL:
+    cdef Py_ssize_t count = count_parts(job, loop, threads) if threads > 1 else 1
+    if count > 1:
+        parts_of(work, loop, count).run(threads)
+    elif size_of(job) >= RELEASE_GIL:
         with nogil:
             run(work)
     else:
@@ -1011,48 +1021,60 @@ cdef int run_pieces(Work *work, Py_ssize_t count, int threads) except -1:
         if threads == 1:
             parts.work()
     if threads > 1:
-        _threads.run(parts, threads)
+        parts.run(threads)
     with nogil:
         end_pieces(work, parts.works, count)
     return 0
 
 
-cdef int run_moments(Work *work, double *mean, double *m2, int passes, int threads) except -1:
-    """The statistics, by a call with so many passes over x."""
+cdef int run_moments(Work *work, double *mean, double *m2, int threads) except -1:
     cdef Py_ssize_t pieces = pieces_of(&work.statistics)
     want_moments(work, mean, m2)
     if pieces == 1:
-        run_parts(work, CHANNELS, passes, threads)
+        run_parts(work, CHANNELS, threads)
     else:
-        run_pieces(work, pieces, threads if threads > 1 and repays_threads(size_of(&work.statistics) * passes) else 1)
+        run_pieces(work, pieces, threads)
     return 0
 
 
 cdef int run_batch(Work *work, Folded folded, double eps, int threads) except -1:
     """The statistics, folded, and y."""
     cdef bn_fp_state state
+    threads = repaid(threads, 2 * size_of(&work.job))
     work.m2 = folded.row(VAR)
     work.eps = eps
     work.count = folded.count
     if is_planes(&work.job):
         work.task = BOTH
-        run_parts(work, CHANNELS, 2, threads)
+        run_parts(work, CHANNELS, threads)
         return 0
-    run_moments(work, folded.row(MEAN), work.m2, 2, threads)
+    run_moments(work, folded.row(MEAN), work.m2, threads)
     bn_fp_enter(&state)
     kernels.fold(&folded.k, folded.channels, work.m2, work.count, eps)
     bn_fp_leave(&state)
     work.job.coefficients = folded.k
     work.task = NORMALIZE
-    run_parts(work, widest_loop(&work.job), 2, threads)
+    run_parts(work, widest_loop(&work.job), threads)
     return 0
 
 
 # ---- calls ------------------------------------------------------------------------------------------
 
+cdef Py_ssize_t bytes_of(const View *view) noexcept nogil:
+    """With the gaps between elements, which are read too, line by line."""
+    cdef Py_ssize_t step = LINE
+    cdef int d
+    for d in range(view.ndim - 1, -1, -1):
+        if view.shape[d] > 1 and view.strides[d] != 0:
+            step = min(step, magnitude(view.strides[d]))
+            if step <= view.itemsize:
+                return view.len
+    return elements(view) * step
+
+
 cdef Py_ssize_t touched(const Arrays *arrays) noexcept nogil:
     """The bytes that a call for y reads and writes."""
-    cdef Py_ssize_t bytes = arrays.x.len
+    cdef Py_ssize_t bytes = bytes_of(&arrays.x)
     if arrays.residual.strides != NULL:
         bytes += arrays.residual.len
     return bytes if arrays.out.data == arrays.x.data else bytes + arrays.out.len
@@ -1117,7 +1139,7 @@ cdef object forward(
         run_batch(&work, folded, eps, threads)
     else:
         work.task = NORMALIZE
-        run_parts(&work, widest_loop(job), 1, threads)
+        run_parts(&work, widest_loop(job), repaid(threads, size))
     return out
 
 
@@ -1207,8 +1229,8 @@ def moments(x, mask, Py_ssize_t counted, Py_ssize_t axis, channels, int threads)
     if elements(&arrays.x) > 0:
         count = elements(&arrays.x) // arrays.x.shape[at] if mask is None else counted
     if count > 0:
-        lay_out_statistics(job, &arrays, at, arrays.x.len)
-        run_moments(&work, doubles_of(mean), doubles_of(m2), 1, threads)
+        lay_out_statistics(job, &arrays, at, bytes_of(&arrays.x))
+        run_moments(&work, doubles_of(mean), doubles_of(m2), repaid(threads, elements(&arrays.x)))
     return count, mean, m2
 
 
@@ -1358,13 +1380,14 @@ cdef int run_images_parts(const Images *images, int threads) except -1:
     cdef Py_ssize_t size = images.shape[0] * images.shape[HEIGHT] * images.shape[WIDTH] * images.shape[CHANNEL]
     cdef ImageParts parts
     cdef int dim = 0, d
-    if threads > 1 and repays_threads(size):
+    threads = repaid(threads, size)
+    if threads > 1:
         for d in (HEIGHT, WIDTH):
             dim = d if images.shape[d] > images.shape[dim] else dim
         parts = ImageParts.__new__(ImageParts, min(2 * <Py_ssize_t> threads, images.shape[dim]))
         parts.images = images[0]
         parts.dim = dim
-        _threads.run(parts, threads)
+        parts.run(threads)
     elif size >= RELEASE_GIL:
         with nogil:
             run_images(images)
@@ -1599,7 +1622,7 @@ cdef int moments_from_c(const bn_array *x, int axis, Py_ssize_t *count, double *
         memset(mean, 0, channels * sizeof(double))
         memset(m2, 0, channels * sizeof(double))
         return BN_OK
-    lay_out_statistics(job, &arrays, at, arrays.x.len)
+    lay_out_statistics(job, &arrays, at, bytes_of(&arrays.x))
     count[0] = elements(&arrays.x) // channels
     want_moments(&work, mean, m2)
     pieces = pieces_of(job)

@@ -1530,6 +1530,26 @@ cdef once add_steps(
         add(kind, x + rows * stride, 0, 1, (steps - rows * view.per_row) * numbers, centers, sums, 0)
 
 
+cdef inline bint is_every_second(const View *view) noexcept nogil:
+    """Whether long planes are every second of the floats that lie there."""
+    return view.separate and view.per_row == COLUMNS and view.type == FLOAT32 and view.x.inner == 8 \
+        and view.mask.data == NULL
+
+
+cdef widest add_every_second(
+    const float *x, Py_ssize_t eights, const float *center, double *deviations, double *squares,
+) noexcept nogil:
+    """Eight rows of a plane are added while the next eight are read: from caches, where it takes 0.8 to 0.95 of the time."""
+    cdef float[PLANE + LINE] storage
+    cdef float *rows = whole_lines(storage)
+    cdef float one = BN_ONE
+    cdef Py_ssize_t _eight
+    for _eight in range(eights):
+        load_row(x, 8, <apart> rows, PLANE)
+        add_eight(rows, COLUMNS, COLUMNS, center, deviations, squares, True, one)
+        x += 2 * PLANE
+
+
 cdef number_once add_halves(
     const View *view, const uint16_t *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns, const Centers *centers,
     Sums *sums, Py_ssize_t ahead,
@@ -1637,6 +1657,9 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
                 elif direct and kind == SQUARES:
                     rows = view.per_row * add_halves(
                         view, <const uint16_t *> x, row_stride // 2, some // view.per_row, columns, &about, &at, far)
+                elif kind == SQUARES and filled == 0 and left >= PLANE and not view.far and is_every_second(view):
+                    rows = some = left // PLANE * PLANE
+                    add_every_second(<const float *> x, left // PLANE, about.rounded, at.deviations, at.squares)
                 n += rows
                 x += rows * view.x.inner
                 left -= rows
@@ -1912,7 +1935,7 @@ cdef Py_ssize_t moments(const Job *job, Statistic statistic, double *mean, doubl
             most = 1
     else:
         view.per_row = view.kept = COLUMNS
-        if is_direct(&view):
+        if is_direct(&view) or is_every_second(&view):
             most = read_together(job)
             rest = side_by_side(&planes, eights)
             if rest.inner >= 8 and rest.width > 0:

@@ -15,7 +15,7 @@ from threading import Lock, Thread
 from bn_c import _checks, _core
 
 _default = 1
-_helpers: tuple[_core.Helper, ...] = ()
+helpers: tuple[_core.Helper, ...] = ()  # the pool
 _growing = Lock()
 
 
@@ -35,39 +35,28 @@ def resolve(num_threads: int | None) -> int:
     return _default if num_threads is None else _checks.num_threads(num_threads)
 
 
-def run(parts: _core.Parts, threads: int) -> None:
-    """Runs all parts, on at most that many threads, one of which is the caller's."""
-    helpers = min(threads, parts.count, _cpus()) - 1
-    parts.run(_pool(helpers), helpers)
-
-
-def are_awake() -> bool:
-    """Whether a thread of the pool is."""
-    return any(helper.is_awake() for helper in _helpers)
-
-
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _pool(helpers: int) -> tuple[_core.Helper, ...]:
-    """The pool, first made as large as that, where threads can be had."""
-    global _helpers
-    if len(_helpers) < helpers:
-        with _growing:
-            try:
-                while len(_helpers) < helpers:
-                    helper = _core.Helper()
-                    Thread(target=helper.serve, name="bn_c", daemon=True).start()
-                    _helpers = (*_helpers, helper)
-            except RuntimeError:  # at interpreter exit, or out of threads
-                pass
-    return _helpers
+def grow(size: int) -> tuple[_core.Helper, ...]:
+    """The pool, first made as large as that, where CPUs and threads can be had."""
+    global helpers
+    size = min(size, _cpus() - 1)
+    with _growing:
+        try:
+            while len(helpers) < size:
+                helper = _core.Helper()
+                Thread(target=helper.serve, name="bn_c", daemon=True).start()
+                helpers = (*helpers, helper)
+        except RuntimeError:  # at interpreter exit, or out of threads
+            pass
+    return helpers
 
 
 def _after_fork_in_child() -> None:
-    global _helpers, _growing
-    _helpers, _growing = (), Lock()
+    global helpers, _growing
+    helpers, _growing = (), Lock()
 
 
 def _from_environment() -> None:

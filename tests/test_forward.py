@@ -577,10 +577,13 @@ def test_random_case(seed, batch):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(1, 40, 211, 67), (2, 17, 150, 97), (9, 33, 14, 14), (70, 20, 7, 7), (3000, 61)])
-def test_bits_do_not_depend_on_the_caches(isa, batch, shape, dtype, fused, rng):
+@pytest.mark.parametrize("layout", ["c", "every second element"])
+@pytest.mark.parametrize(
+    "shape", [(1, 40, 211, 67), (2, 17, 150, 97), (9, 33, 14, 14), (9, 33, 14, 23), (70, 20, 7, 7), (3000, 61)]
+)
+def test_bits_do_not_depend_on_the_caches(isa, batch, shape, layout, dtype, fused, rng):
     """Whether all are held by the last one, or together are too large for it, or out alone is; nor on the second."""
-    x, residual = (values(rng, shape, dtype) for _ in range(2))
+    x, residual = ({"c": np.asarray, **GAPS}[layout](values(rng, shape, dtype)) for _ in range(2))
     options = {"residual": residual if fused else None, **parameters(rng, shape[1])}
     found = set()
     large = 1 << 30

@@ -437,5 +437,9 @@ def test_out_on_the_frame_is_refused(rng):
 
 
 def test_default_is_one_thread(monkeypatch):
-    monkeypatch.setattr(bn_c._threads, "run", lambda parts, threads: pytest.fail("threads"))
-    ImageNormalizer.unit()(np.zeros((600, 600, 3), np.uint8))
+    monkeypatch.setattr(bn_c._threads, "helpers", ())
+    monkeypatch.setattr(bn_c._threads, "grow", lambda size: pytest.fail(f"{size} more threads"))
+    frame = np.zeros((600, 600, 3), np.uint8)
+    ImageNormalizer.unit()(frame)
+    with pytest.raises(pytest.fail.Exception, match="1 more threads"):
+        ImageNormalizer.unit(num_threads=2)(frame)

@@ -106,10 +106,10 @@ def awake_when_calls_follow_each_other():
     expected = bits(layer(X))
     _core.wake_threads_from(X.size + 1)
     time.sleep(0.1)
-    assert not _threads.are_awake()
+    assert not _core.are_awake(_threads.helpers)
     for _ in range(1000):
         y = layer(X)
-        woken = _threads.are_awake()
+        woken = _core.are_awake(_threads.helpers)
         assert bits(y) == expected
         if woken:
             break
@@ -118,7 +118,7 @@ def awake_when_calls_follow_each_other():
     time.sleep(0.1)
     for _ in range(64):
         layer(X)
-        assert not _threads.are_awake()
+        assert not _core.are_awake(_threads.helpers)
 
 
 def test_threads_are_awake_when_calls_follow_each_other():
@@ -131,10 +131,10 @@ def awake_when_batches_follow_each_other():
     expected = bits(bn_c.batch_norm(x, num_threads=2))
     _core.wake_threads_from(2 * x.size + 1)
     time.sleep(0.1)
-    assert not _threads.are_awake()
+    assert not _core.are_awake(_threads.helpers)
     for _ in range(1000):
         y = bn_c.batch_norm(x, num_threads=2)
-        woken = _threads.are_awake()
+        woken = _core.are_awake(_threads.helpers)
         assert bits(y) == expected
         if woken:
             break
@@ -148,7 +148,7 @@ def test_threads_are_awake_when_batches_follow_each_other():
 def works_alone():
     """Helpers that are all busy, or cannot be had."""
     expected = bits(bn_c.batch_norm(X))
-    _threads._helpers = tuple(_core.Helper() for _ in range(3))  # without a thread: offers are never taken
+    _threads.helpers = tuple(_core.Helper() for _ in range(3))  # without a thread: offers are never taken
     for _ in range(3):
         assert bits(bn_c.batch_norm(X, num_threads=4)) == expected
 
