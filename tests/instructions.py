@@ -56,7 +56,8 @@ def fused(x):
     return lambda n: layer(x[:n], residual=residual[:n], out=out[:n])
 
 
-def statistics(x, axis=1, zeros=False, masked=False):
+def statistics(x, axis=1, zeros=False, masked=False, gaps=False):
+    x = np.repeat(x, 2, -1)[..., ::2] if gaps else x
     np.moveaxis(x, axis, 0)[3] = not zeros
     mask = ones((*x.shape[:1], 1, 1), bool) if masked else None
     return lambda n: bn_c.batch_stats(x[:n], axis=axis, mask=mask[:n] if masked else None)
@@ -96,6 +97,7 @@ WORKS = {
     "inference: planes, one in double": (partial(inference, in_double=True), PLANES, "float32", IN_CACHE),
     "inference: rows, some in double": (partial(inference, axis=-1, in_double=True), ROWS, "float32", IN_CACHE),
     "statistics: planes": (statistics, PLANES, "float32", IN_CACHE),
+    "statistics: planes, every second": (partial(statistics, gaps=True), PLANES, "float32", IN_CACHE),
     "statistics: planes of halves": (statistics, PLANES, "float16", IN_CACHE),
     "statistics: short planes": (statistics, SHORT, "float32", IN_CACHE),
     "statistics: planes of few": (partial(statistics, axis=0), (1024, 7, 7), "float32", IN_CACHE),
