@@ -130,13 +130,16 @@ cdef enum:
     NEXT = 8 * COLUMNS * 4  # bytes: the eight rows after those that are added
     LANES = 8           # of a sum
     WIDEST = 512        # columns whose sums are taken at once: with eight rows they fit the smallest L1
+    LONGEST = 3 * WIDEST    # elements of planes that may be added so: 0.8 to 0.9 of the time, up to WIDEST 0.5 to 0.75
+    L1_WAY = 1 << 13    # bytes from one line to the next that share a place with it in a small L1, which holds four at most
     BLOCK = 8 * 512     # floats of a buffer of statistics: eight of the widest rows, in half of the smallest L1
     LOADED = 2048       # floats that are loaded there at a time, if rows are shorter: the best of 256 .. 4096
     PLANE = 8 * COLUMNS  # elements of a plane that are eight rows
     GROUP = 1 << 18     # bytes of channels that are read together, from memory twice that: L2 holds what is beside the sample
     ROW_SAMPLE = 256    # elements that the center of a channel is guessed from: 1 in 10 000 are taken twice
     PLACES = 64         # in the outer dimensions, from which these are at most
-    FEW_ELEMENTS = 512  # of a channel: up to these are added in double, channel by channel
+    FEW_ELEMENTS = 1024  # of a channel in several images: up to these are added in double, channel by channel
+    FEW_OF_ONE = 512    # of one image
     FEW_ROWS = 128      # of which all are the sample; of fewer than 512 half of them are as near the mean as 256 of many
 
 cdef enum Sum:
@@ -1843,8 +1846,11 @@ cdef Py_ssize_t view_moments(
 
 cdef bint are_few(const Job *job) noexcept nogil:
     """Planes whose columns, beside each other, would be more work than their elements are."""
-    return not job.channels_last and job.residual.data == NULL and job.outer * job.inner <= FEW_ELEMENTS \
-        and (job.outer == 1 or (job.outer < 8 and job.inner >= LANES))
+    if job.channels_last or job.residual.data != NULL:
+        return False
+    if job.outer == 1:
+        return job.inner <= FEW_OF_ONE
+    return job.outer < 8 and job.inner >= LANES and job.outer * job.inner <= FEW_ELEMENTS
 
 
 cdef Py_ssize_t moments_of_few(const Job *job, double *mean, double *m2) noexcept nogil:
@@ -1902,6 +1908,14 @@ cdef inline bint rows_are_near(const View *planes) noexcept nogil:
         and planes.inner <= WIDEST and is_float(planes.type) and planes.number == size_of_type(planes.type)
 
 
+cdef inline bint images_are_rows(const Job *job) noexcept nogil:
+    """Whether planes of floats that are not short are added eight images at a time too: unless they are long and these
+    share a place in a small L1."""
+    cdef int last = job.outer_ndim - 1
+    return is_run(&job.x, job.x.inner) and last >= 0 and job.outer_shape[last] >= 8 \
+        and (job.inner <= WIDEST or (job.inner <= LONGEST and job.x.outer[last] % L1_WAY != 0))
+
+
 cdef inline Py_ssize_t read_together(const Job *job) noexcept nogil:
     """How many channels with COLUMNS sums each are."""
     cdef Py_ssize_t bytes = job.inner * job.outer * size_of_type(job.x.type)
@@ -1923,7 +1937,7 @@ cdef Py_ssize_t moments(const Job *job, Statistic statistic, double *mean, doubl
             job.channels * (view.per_row // 2) % COLUMNS == 0 or view.per_row * job.channels > WIDEST
         ):
             view.per_row //= 2
-    elif view.mask.data == NULL and (job.inner <= PLANE or rows_are_near(&planes)):
+    elif view.mask.data == NULL and (job.inner <= PLANE or images_are_rows(job) or rows_are_near(&planes)):
         # Planes, or their lines, are short: the elements are columns, of several channels that follow each other.
         view = side_by_side(&planes, 0)
         most = WIDEST // job.inner

@@ -54,13 +54,16 @@ def test_lengths_of_planes_and_rows(isa, size, dtype, rng):
 @pytest.mark.parametrize("dtype", ["f4", "f2", "u1"])
 @pytest.mark.parametrize("images", [1, 2, 3, 4, 7, 8, 9, 17, 40])
 def test_sizes_of_planes(isa, images, dtype, rng):
-    """One by one, side by side, in strips, in rows of eight with a rest; more channels than are read together."""
+    """One by one, side by side, in strips, in rows of eight with a rest; more channels than are read together; images
+    whose lines share a place in a small L1."""
     for size in (*range(1, 18), 25, 31, 33, 63, 64, 65, 68, 95, 97, 196, 255, 256, 257, 289, 511, 512, 513, 784):
         x = values(rng, (images, 19, size), dtype, offset=20)
         assert_exact(x)
         assert_exact(x[:, ::2])
         assert_exact(np.repeat(x, 2, 2)[..., ::2])
         assert_exact(np.concatenate([x, x], 2)[..., :size])
+    for channels, size in [(3, 1023), (3, 1024), (4, 1024), (18, 1024), (3, 1535), (3, 1536), (3, 1537)]:
+        assert_exact(values(rng, (images, channels, size), dtype, offset=20))
 
 
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
