@@ -1583,31 +1583,59 @@ cdef Py_ssize_t ahead_of(const View *view, Py_ssize_t position) noexcept nogil:
     return BN_FAR
 
 
-cdef inline Py_ssize_t pack_rows(
-    float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns,
-) noexcept nogil:
-    cdef Py_ssize_t kept = 0, row, c
-    for row in range(n):
-        for c in range(columns):
-            rows[kept * columns + c] = rows[row * columns + c]
-        kept += mask[row * stride] != 0
-    return kept
-
-
-cdef Py_ssize_t pack(float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
-    """Moves the rows that count together and returns how many they are."""
+cdef Py_ssize_t leading(const char *mask, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    """How many steps count, if all others are behind them, as those of a padded sequence are; -1 if they are not."""
     cdef const char *zero
-    cdef Py_ssize_t first
+    cdef Py_ssize_t first = 0, step
     if stride == 0:
         return n if mask[0] else 0
-    if stride == 1:                     # the steps of a padded sequence: some that count, then none
+    if stride == 1:
         zero = <const char *> memchr(mask, 0, n)
         first = n if zero == NULL else zero - mask
-        if first == n or memcmp(zero, zero + 1, n - first - 1) == 0:
-            return first
-    if columns == 1:
-        return pack_rows(rows, mask, stride, n, 1)
-    return pack_rows(rows, mask, stride, n, columns)
+        return first if first == n or memcmp(zero, zero + 1, n - first - 1) == 0 else -1
+    while first < n and mask[first * stride]:
+        first += 1
+    for step in range(first, n):
+        if mask[step * stride]:
+            return -1
+    return first
+
+
+cdef Py_ssize_t pack_rows(
+    float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns,
+) noexcept nogil:
+    """Moves the rows that count together and returns how many they are."""
+    cdef Py_ssize_t counted = 0, row, c
+    for row in range(n):
+        for c in range(columns):
+            rows[counted * columns + c] = rows[row * columns + c]
+        counted += mask[row * stride] != 0
+    return counted
+
+
+cdef Py_ssize_t blank_numbers(apart numbers, const char *mask, Py_ssize_t n, float center) noexcept nogil:
+    cdef int blanked = 0
+    cdef float number
+    cdef Py_ssize_t i
+    for i in range(n):
+        number = numbers[i]             # read in any case: without branches the loop is vectorised
+        blanked += mask[i] == 0
+        numbers[i] = center if mask[i] == 0 else number
+    return blanked
+
+
+cdef Py_ssize_t blank_rows(
+    float *rows, const char *mask, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t columns, const float *center,
+) noexcept nogil:
+    """Puts the centers, which add nothing, in the place of rows that do not count, and returns how many these are."""
+    cdef Py_ssize_t blanked = 0, row
+    if columns == 1 and stride == 1:
+        return blank_numbers(rows, mask, n, center[0])
+    for row in range(n):
+        if mask[row * stride] == 0:
+            memcpy(rows + row * columns, center, columns * sizeof(float))
+            blanked += 1
+    return blanked
 
 
 cdef number_once add_view(const View *view, Sum kind, const Centers *centers, const Sums *sums) noexcept nogil:
@@ -1625,6 +1653,7 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
     # The eights of rows stay together.
     cdef Py_ssize_t most = max(<Py_ssize_t> 8, LOADED // columns // 8 * 8) * view.per_row
     cdef Py_ssize_t position, start, next, table, left, some, filled = 0, n = 0, rows, ahead, far
+    cdef Py_ssize_t left_out = 0
     cdef Py_ssize_t later = rows_ahead(view.x.inner, most)
     cdef const char *x
     cdef const char *mask = NULL
@@ -1675,17 +1704,23 @@ cdef number_once add_view(const View *view, Sum kind, const Centers *centers, co
                 load(view.type, x, view.x.inner, view.number, buffer + filled * numbers, some, numbers)
                 x += some * view.x.inner
                 left -= some
+                rows = some
                 if mask != NULL:
-                    filled += pack(buffer + filled * numbers, mask, view.mask.inner, some, numbers)
+                    rows = leading(mask, view.mask.inner, some)
+                    if rows < 0 and kind == WIDE:
+                        rows = pack_rows(buffer + filled * numbers, mask, view.mask.inner, some, numbers)
+                    elif rows < 0:
+                        rows = some
+                        left_out += blank_rows(
+                            buffer + filled * numbers, mask, view.mask.inner, some, numbers, about.rounded)
                     mask += some * view.mask.inner
-                else:
-                    filled += some
+                filled += rows
                 if filled == most or (left == 0 and (direct or tables > 1)):
                     add_steps(view, kind, buffer, columns, filled, &about, &at, 0)
                     n += filled
                     filled = 0
     add_steps(view, kind, buffer, columns, filled, &about, &at, 0)
-    return (n + filled) * view.width // tables
+    return (n + filled - left_out) * view.width // tables
 
 
 cdef Py_ssize_t add_all(const View *view, const View *rest, Sum kind, const double *center, Sums *sums) noexcept nogil:

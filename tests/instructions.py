@@ -59,7 +59,7 @@ def fused(x):
 def statistics(x, axis=1, zeros=False, masked=False, gaps=False):
     x = np.repeat(x, 2, -1)[..., ::2] if gaps else x
     np.moveaxis(x, axis, 0)[3] = not zeros
-    mask = ones((*x.shape[:1], 1, 1), bool) if masked else None
+    mask = np.random.default_rng(0).random((len(x), *x.shape[2:])) < 0.7 if masked else None
     return lambda n: bn_c.batch_stats(x[:n], axis=axis, mask=mask[:n] if masked else None)
 
 

@@ -74,6 +74,10 @@ def test_broadcasts_and_strides(isa, rng):
     assert_statistics(whole, selected(x, mask, 1))
     assert bn_c.batch_stats(x, mask=np.asfortranarray(mask)) == whole
     assert bn_c.batch_stats(x, mask=np.repeat(mask, 2, axis=1)[:, ::2]) == whole
+    mask = random_mask(rng, x, 1)
+    whole = bn_c.batch_stats(x, mask=mask)
+    for same in (np.asfortranarray(mask), np.repeat(mask, 2, axis=1)[:, ::2], mask[:, ::-1].copy()[:, ::-1]):
+        assert bn_c.batch_stats(x, mask=same) == whole
     steps = np.arange(40) % 3 == 0
     assert bn_c.batch_stats(x, mask=steps) == bn_c.batch_stats(x, mask=np.tile(steps, (6, 1)))
     assert bn_c.batch_stats(x, mask=np.ones((6, 1), bool)).count == 240
