@@ -56,11 +56,10 @@ def fused(x):
     return lambda n: layer(x[:n], residual=residual[:n], out=out[:n])
 
 
-def statistics(x, axis=1, zeros=False, masked=False, gaps=False):
+def statistics(x, axis=1, zeros=False, mask=None, gaps=False):
     x = np.repeat(x, 2, -1)[..., ::2] if gaps else x
     np.moveaxis(x, axis, 0)[3] = not zeros
-    mask = np.random.default_rng(0).random((len(x), *x.shape[2:])) < 0.7 if masked else None
-    return lambda n: bn_c.batch_stats(x[:n], axis=axis, mask=mask[:n] if masked else None)
+    return lambda n: bn_c.batch_stats(x[:n], axis=axis, mask=None if mask is None else mask[:n])
 
 
 def pictures(x):
@@ -79,6 +78,7 @@ def folded(x, axis=1):
 
 
 PLANES, ROWS, SHORT = (4, 16, 56, 56), (4, 28, 28, 64), (64, 64, 7, 7)
+ALL_IMAGES, SOME_ELEMENTS = ones((4, 1, 1), bool), np.random.default_rng(0).random((4, 56, 56)) < 0.7
 NUMPY = "NumPy's folded expression"
 # Name: what makes the call, shape and dtype of x, the size of the caches.
 WORKS = {
@@ -104,7 +104,8 @@ WORKS = {
     "statistics: rows": (partial(statistics, axis=-1), ROWS, "float32", IN_CACHE),
     "statistics: planes of bytes": (statistics, PLANES, "uint8", IN_CACHE),
     "statistics: planes of 16 bits": (statistics, PLANES, "uint16", IN_CACHE),
-    "statistics: planes, masked": (partial(statistics, masked=True), PLANES, "float32", IN_CACHE),
+    "statistics: planes, masked": (partial(statistics, mask=ALL_IMAGES), PLANES, "float32", IN_CACHE),
+    "statistics: planes, masked in part": (partial(statistics, mask=SOME_ELEMENTS), PLANES, "float32", IN_CACHE),
     "statistics: rows, some of zeros": (partial(statistics, axis=-1, zeros=True), ROWS, "float32", IN_CACHE),
     "pictures: RGB to planes": (pictures, (8, 128, 128, 3), "uint8", IN_CACHE),
     f"{NUMPY}: planes": (folded, PLANES, "float32", IN_CACHE),
